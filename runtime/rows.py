@@ -1,0 +1,160 @@
+"""Flat rows: a module's parameters as one contiguous row, and arithmetic on blocks of rows.
+
+Every state array of an algorithm is (local, d), one row per rank hosted by this process. What is
+written with plain torch must be elementwise and singly rounded (+, -, *, /, sqrt) or come from
+here, so that the bits of a row do not depend on how many rows stand together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gossamer.runtime import native
+from gossamer.runtime.native import ALIGNMENT, Terms, row_dot
+
+__all__ = ["RowLayout", "Slice", "aligned", "combine", "empty_rows", "row_dot", "row_norm"]
+
+Coefficient = float | Tensor
+
+
+def aligned(count: int, dtype: torch.dtype) -> int:
+    """Return ``count`` elements rounded up to a multiple of 64 bytes."""
+    per = ALIGNMENT // dtype.itemsize
+    return -(-count // per) * per
+
+
+def empty_rows(local: int, d: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return zeros (local, d) whose rows each start at a multiple of 64 bytes."""
+    return torch.zeros(local, aligned(d, dtype), dtype=dtype, device=device)[:, :d]
+
+
+def combine(terms: Sequence[tuple[Coefficient, Tensor]], out: Tensor | None = None) -> Tensor:
+    """Return ``sum_k c_k * v_k`` over rows, in one pass, added in the order given.
+
+    Args:
+        terms: pairs (c, v): v is (local, d); c a number, or one number per row as (local, 1).
+        out: where to write, may be one of the v; a new tensor when None.
+
+    Returns:
+        ``out``, (local, d).
+    """
+    first = terms[0][1]
+    if out is None:
+        out = empty_rows(first.shape[0], first.shape[1], first.dtype, first.device)
+    local, count = first.shape[0], len(terms)
+    weights = np.empty((local, count))
+    for k, (c, _) in enumerate(terms):
+        weights[:, k] = c.reshape(-1).double().cpu().numpy() if isinstance(c, Tensor) else c
+    indptr, columns = _combine_pattern(local, count)
+    return native.weighted_sum(
+        [v for _, v in terms], Terms(indptr, columns, weights.reshape(-1)), out
+    )
+
+
+@lru_cache(maxsize=64)
+def _combine_pattern(local: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    columns = np.arange(count)[None, :] * local + np.arange(local)[:, None]
+    return np.arange(local + 1, dtype=np.int64) * count, columns.astype(np.int64).reshape(-1)
+
+
+def row_norm(x: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row of (local, d) as (local, 1) float64.
+
+    Accumulated in float64, so that it neither overflows nor underflows for float32 rows.
+    """
+    return row_dot(x, x).sqrt_()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one parameter lies in the row.
+
+    Attributes:
+        name: its first name in ``named_parameters()``.
+        tensor: its place among the trainable tensors; the random kernels count by it.
+        begin: first element in the row, a multiple of 64 bytes.
+        shape: the parameter's shape.
+    """
+
+    name: str
+    tensor: int
+    begin: int
+    shape: torch.Size
+
+    @property
+    def end(self) -> int:
+        """One past the last element."""
+        return self.begin + self.shape.numel()
+
+
+class RowLayout:
+    """The map from a module's trainable parameters to slices of one row.
+
+    Tied parameters appear once; frozen ones (``requires_grad=False``) are left where they are.
+
+    Attributes:
+        slices: one per parameter, in the order of ``named_parameters()``.
+        d: length of a row, padding included (every slice starts at a multiple of 64 bytes);
+            padding is zero and stays zero under linear operations.
+        size: number of parameters, padding excluded.
+        dtype: of every parameter.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Lay out ``module``; with ``dtype`` only the parameters of that dtype.
+
+        Raises:
+            ValueError: nothing to train, or the parameters have several dtypes and none was named.
+        """
+        chosen = [
+            (name, p)
+            for name, p in module.named_parameters()
+            if p.requires_grad and (dtype is None or p.dtype == dtype)
+        ]
+        if not chosen:
+            raise ValueError("module: no trainable parameter; unfreeze some (requires_grad=True)")
+        dtypes = sorted({str(p.dtype) for _, p in chosen})
+        if len(dtypes) > 1:
+            raise ValueError(f"module: parameters have dtypes {dtypes}; use one row per dtype")
+        self.dtype = chosen[0][1].dtype
+        self.slices: list[Slice] = []
+        begin = 0
+        for tensor, (name, p) in enumerate(chosen):
+            self.slices.append(Slice(name, tensor, begin, p.shape))
+            begin += aligned(p.numel(), self.dtype)
+        self.d = begin
+        self.size = sum(s.shape.numel() for s in self.slices)
+
+    def views(self, row: Tensor) -> Iterator[Tensor]:
+        """Yield the parameters as views of ``row`` (d,), in the order of ``slices``."""
+        for s in self.slices:
+            yield row[s.begin : s.end].view(s.shape)
+
+    def gather(self, module: nn.Module, row: Tensor) -> Tensor:
+        """Copy the module's parameters into ``row`` (d,) and return it; padding becomes zero."""
+        row.zero_()
+        for view, p in zip(self.views(row), self.parameters(module), strict=True):
+            view.copy_(p.detach())
+        return row
+
+    def bind(self, module: nn.Module, row: Tensor, grad: Tensor | None = None) -> None:
+        """Make the module's parameters views of ``row``, and their gradients of ``grad``."""
+        grads = self.views(grad) if grad is not None else iter([None] * len(self.slices))
+        for view, g, p in zip(self.views(row), grads, self.parameters(module), strict=True):
+            p.data = view
+            p.grad = g
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """Return the module's parameters in the order of ``slices``."""
+        by_name = dict(module.named_parameters())
+        return [by_name[s.name] for s in self.slices]
+
+    def values(self, row: Tensor) -> Tensor:
+        """Return the parameters of ``row`` (d,) without padding, (size,)."""
+        return torch.cat([row[s.begin : s.end] for s in self.slices])
