@@ -1,0 +1,28 @@
+"""Communicator, transports, flat rows, random numbers, the loop, checkpoints."""
+
+from gossamer.runtime.communicator import Communicator, Messages, Work
+from gossamer.runtime.errors import CommError, CommTimeout, ConfigError, PeerLost, RoundMismatch
+from gossamer.runtime.random import Random, Stream
+from gossamer.runtime.rows import RowLayout, combine, row_dot, row_norm
+from gossamer.runtime.transports import Transport, open_transport
+from gossamer.runtime.transports.stacked import StackedTransport
+
+__all__ = [
+    "CommError",
+    "CommTimeout",
+    "Communicator",
+    "ConfigError",
+    "Messages",
+    "PeerLost",
+    "Random",
+    "RoundMismatch",
+    "RowLayout",
+    "StackedTransport",
+    "Stream",
+    "Transport",
+    "Work",
+    "combine",
+    "open_transport",
+    "row_dot",
+    "row_norm",
+]

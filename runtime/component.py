@@ -49,7 +49,7 @@ def validate(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def _explain(cls: type[BaseModel], error: Any, where: str) -> str:
-    field = ".".join([where, *map(str, error["loc"])]) if where else ".".join(map(str, error["loc"]))
+    field = ".".join([*([where] if where else []), *map(str, error["loc"])])
     if error["type"] == "extra_forbidden":
         return f"{field}: unknown field" + nearest(str(error["loc"][-1]), cls.model_fields)
     if error["type"] == "missing":

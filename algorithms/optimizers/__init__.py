@@ -1,0 +1,1 @@
+"""Local optimizers: one class per rule."""

@@ -1,0 +1,63 @@
+"""SGD with weight decay and heavy-ball or Nesterov momentum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gossamer.algorithms.protocols import Optimizer
+from gossamer.runtime.rows import combine
+
+__all__ = ["SGD", "Momentum"]
+
+
+class SGD(Optimizer):
+    """Plain stochastic gradient descent: x -= lr * (g + weight_decay * x)."""
+
+    name: Literal["sgd"] = "sgd"
+    weight_decay: float = Field(default=0.0, ge=0)
+    """L2 penalty added to the gradient."""
+
+    def init(self, x: Tensor) -> None:
+        """Keep no state."""
+
+    def direction(self, state: None, x: Tensor, grad: Tensor, step: int) -> Tensor:
+        """Return the gradient, decayed."""
+        return _decayed(self.weight_decay, x, grad)
+
+
+@dataclass
+class MomentumState:
+    """Attributes: m, the (local, d) running sum of gradients."""
+
+    m: Tensor
+
+
+class Momentum(Optimizer):
+    """Momentum: m = beta * m + g; x -= lr * m (Nesterov: x -= lr * (g + beta * m))."""
+
+    name: Literal["momentum"] = "momentum"
+    beta: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the old momentum that stays."""
+    nesterov: bool = False
+    """Step along g + beta * m with the new m."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """L2 penalty added to the gradient."""
+
+    def init(self, x: Tensor) -> MomentumState:
+        """Start at rest."""
+        return MomentumState(m=torch.zeros_like(x))
+
+    def direction(self, state: MomentumState, x: Tensor, grad: Tensor, step: int) -> Tensor:
+        """Move the momentum and return it."""
+        grad = _decayed(self.weight_decay, x, grad)
+        combine([(self.beta, state.m), (1.0, grad)], out=state.m)
+        return combine([(1.0, grad), (self.beta, state.m)]) if self.nesterov else state.m
+
+
+def _decayed(weight_decay: float, x: Tensor, grad: Tensor) -> Tensor:
+    return combine([(1.0, grad), (weight_decay, x)]) if weight_decay else grad

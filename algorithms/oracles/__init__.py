@@ -1,0 +1,1 @@
+"""Oracles: what a gradient estimate is made of. One file each."""

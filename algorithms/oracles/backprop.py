@@ -1,0 +1,209 @@
+"""``backprop``: gradients of any torch module by autograd, one hosted rank after the other.
+
+The module exists once per process. Its parameters become views of the row at hand and their
+gradients views of a gradient row, so that a round is one message and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor, nn
+
+from gossamer.algorithms.oracles.buffers import BufferRows
+from gossamer.algorithms.protocols import (
+    DataPlan,
+    Estimate,
+    Oracle,
+    Problem,
+    RankBatches,
+    Sink,
+)
+from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
+
+__all__ = ["Backprop"]
+
+
+class Backprop(Oracle):
+    """The mean gradient over a mini-batch, by backpropagation."""
+
+    name: Literal["backprop"] = "backprop"
+    batch_size: int = Field(default=32, ge=1)
+    """Examples per rank and gradient."""
+    sampling: Literal["shuffle", "replacement", "full"] = "shuffle"
+    """``shuffle``: epochs; ``replacement``: independent draws; ``full``: the whole shard."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Examples per forward pass, to bound memory; None: the whole batch at once."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Compute the forward pass in bfloat16 where torch deems it safe; rows stay as they are."""
+    vectorize: bool = False
+    """All hosted ranks in one torch.func pass: faster for many small ranks, equal to rounding."""
+    objective: Literal["auto", "ranks", "examples"] = "auto"
+    """f is the mean of f_i over ranks, or over examples (unequal shards count by their size);
+    auto: the task's and algorithm's own choice."""
+
+    _comm: Communicator = PrivateAttr()
+    _problem: Problem = PrivateAttr()
+    _layout: RowLayout = PrivateAttr()
+    _buffers: BufferRows = PrivateAttr()
+    _grad: Tensor = PrivateAttr()
+    _shard_share: Tensor | None = PrivateAttr(default=None)
+    _calls: tuple[int, int] = PrivateAttr(default=(-1, 0))
+
+    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
+        """Lay out the module and give each hosted rank its own buffers."""
+        self._comm, self._problem = comm, problem
+        problem.module.to(comm.device)
+        self._layout = RowLayout(problem.module)
+        self._buffers = BufferRows(problem.module, comm.local)
+        self._grad = comm.alloc(self._layout.d, self._layout.dtype)
+        objective = problem.objective if self.objective == "auto" else self.objective
+        if objective == "examples" and problem.shards:
+            sizes = [float(len(problem.shards[r])) for r in comm.ranks]
+            self._shard_share = torch.tensor(sizes, dtype=torch.float64, device=comm.device)
+        if self.sampling == "full" and not problem.shards:
+            raise ConfigError("oracle.sampling: a streaming task has no full batch; use 'shuffle'")
+        if self.vectorize and self.micro_batch_size:
+            raise ConfigError("oracle.micro_batch_size: has no effect with vectorize; drop one")
+        return DataPlan(batch_size=self.batch_size, sampling=self.sampling)
+
+    @property
+    def layout(self) -> RowLayout:
+        """How the module lies in a row."""
+        return self._layout
+
+    @property
+    def buffers(self) -> BufferRows:
+        """The hosted ranks' buffers (running statistics)."""
+        return self._buffers
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+        sink: Sink | None = None,
+    ) -> Estimate:
+        """Return the mean gradient over each rank's batch; the gradient row is reused."""
+        draw = self._next_draw()
+        weight = self._weights(batch)
+        if combine is not None:
+            return self._combined(x, batch, combine, weight, draw)
+        grad = self._grad
+        losses = self._gradients(x, batch, grad, draw)
+        self._scale(grad, batch, weight)
+        if sink is not None:
+            for s in self._layout.slices:
+                sink(slice(s.begin, s.end), grad[:, s.begin : s.end])
+        return Estimate(loss=losses, grad=grad, weight=weight)
+
+    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
+        """Return the losses at x, (local,) float64."""
+        losses = torch.empty(len(batch), dtype=torch.float64)
+        with torch.no_grad(), self._cast():
+            for i, examples in enumerate(batch):
+                module = self._module_at(x[i], i)
+                losses[i] = self._problem.loss(module, examples.inputs)
+        return losses
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the buffers, one row per hosted rank."""
+        return self._buffers.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the buffers back."""
+        self._buffers.load_state_dict(state)
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _next_draw(self) -> int:
+        """Count the calls within a step: they draw different dropout masks."""
+        step, calls = self._calls
+        calls = calls + 1 if step == self._comm.step else 0
+        self._calls = (self._comm.step, calls)
+        return calls
+
+    def _module_at(self, row: Tensor, i: int, grad: Tensor | None = None) -> nn.Module:
+        self._layout.bind(self._problem.module, row, grad)
+        self._buffers.bind(i)
+        return self._problem.module
+
+    def _cast(self) -> torch.autocast:
+        enabled = self.autocast == "bfloat16"
+        return torch.autocast(self._comm.device.type, torch.bfloat16, enabled=enabled)
+
+    def _weights(self, batch: RankBatches) -> Tensor:
+        return torch.tensor([self._problem.weigh(b.inputs) for b in batch], dtype=torch.float64)
+
+    def _combined(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        points: Sequence[tuple[float, Tensor]],
+        weight: Tensor,
+        draw: int,
+    ) -> Estimate:
+        grads = []
+        for _, point in points:
+            grad = torch.zeros_like(self._grad)
+            self._gradients(point, batch, grad, draw)
+            grads.append(grad)
+        terms = [(c, grad) for (c, _), grad in zip(points, grads, strict=True)]
+        total = combine(terms, out=self._grad)
+        self._scale(total, batch, weight)
+        return Estimate(loss=self.loss(x, batch), grad=total, weight=weight)
+
+    def _gradients(self, x: Tensor, batch: RankBatches, grad: Tensor, draw: int) -> Tensor:
+        """Write the gradients at x into ``grad``; return the losses (local,) float64."""
+        if self.vectorize:
+            from gossamer.algorithms.oracles.vectorized import vectorized_gradients
+
+            with self._cast():
+                return vectorized_gradients(self._problem, self._layout, x, batch, grad)
+        grad.zero_()
+        losses = torch.empty(len(batch), dtype=torch.float64)
+        for i, (rank, examples) in enumerate(zip(self._comm.ranks, batch, strict=True)):
+            # The masks of dropout come from torch's generator: count it like any other stream.
+            seed = self._comm.random("dropout", ids=(rank,), draw=draw).seed()
+            torch.manual_seed(seed)
+            losses[i] = self._backward(x[i], grad[i], i, examples.inputs)
+        return losses
+
+    def _backward(self, row: Tensor, grad: Tensor, i: int, inputs: tuple[Tensor, ...]) -> Tensor:
+        module = self._module_at(row, i, grad)
+        if len(inputs[0]) == 0:
+            return torch.zeros((), dtype=torch.float64)  # an empty Poisson draw
+        chunks = _chunks(inputs, self.micro_batch_size)
+        total = self._problem.weigh(inputs)
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for chunk in chunks:
+            with self._cast():
+                loss = self._problem.loss(module, chunk)
+            share = 1.0 if len(chunks) == 1 else self._problem.weigh(chunk) / total
+            (loss * share if share != 1.0 else loss).backward()
+            loss_sum += loss.detach().double().cpu() * share
+        return loss_sum
+
+    def _scale(self, grad: Tensor, batch: RankBatches, weight: Tensor) -> None:
+        """Make the mean over ranks the objective's gradient when f is a mean over examples.
+
+        Rank i stands for N_i examples of ``weight_i / b_i`` tokens each.
+        """
+        if self._shard_share is None or self._comm.n == 1:
+            return
+        counts = torch.tensor([max(1, len(b)) for b in batch], dtype=torch.float64)
+        share = (self._shard_share.cpu() * weight / counts)[:, None]
+        total = self._comm.all_reduce(share.to(grad.device), "sum")
+        factor = share * self._comm.n / total.cpu()
+        if bool((factor != 1.0).any()):
+            combine([(factor, grad)], out=grad)
+
+
+def _chunks(inputs: tuple[Tensor, ...], size: int | None) -> list[tuple[Tensor, ...]]:
+    if size is None or len(inputs[0]) <= size:
+        return [inputs]
+    return list(zip(*(tensor.split(size) for tensor in inputs), strict=True))

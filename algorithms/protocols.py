@@ -1,0 +1,331 @@
+"""What users plug in: tasks, oracles, optimizers and algorithms, and what passes between them.
+
+Shapes: ``local`` ranks are hosted by this process, a row has ``d`` elements.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gossamer.algorithms.conditions import require_doubly_stochastic
+from gossamer.algorithms.schedules import scheduled
+from gossamer.runtime.communicator import Communicator
+from gossamer.runtime.component import Component
+from gossamer.runtime.rows import RowLayout, combine
+from gossamer.topologies import Topology
+
+__all__ = [
+    "Algorithm",
+    "Batch",
+    "Batches",
+    "DataPlan",
+    "Dataset",
+    "Directions",
+    "Estimate",
+    "Metrics",
+    "Optimizer",
+    "Oracle",
+    "Problem",
+    "State",
+    "Stream",
+    "Task",
+]
+
+Metrics = Mapping[str, Tensor | float]
+"""Figures of one step for the log: a number, or one per hosted rank as (local,)."""
+
+
+# --- data -----------------------------------------------------------------------------------
+
+
+class Dataset(Protocol):
+    """A finite set of examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Return the examples at int64 ``indices`` (m,): tensors whose first size is m."""
+        ...
+
+
+class Stream(Protocol):
+    """Examples without end: drawn, not looked up."""
+
+    def draw(self, seed: int, rank: int, step: int, draw: int, count: int) -> tuple[Tensor, ...]:
+        """Return ``count`` fresh examples: a pure function of the arguments."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's examples of one update.
+
+    Attributes:
+        inputs: what the loss takes after the module; the first size is the number of examples.
+        indices: int64 (examples,), their places in the dataset; None unless the plan asks.
+    """
+
+    inputs: tuple[Tensor, ...]
+    indices: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+
+RankBatches = Sequence[Batch]
+"""One batch per hosted rank."""
+Batches = Sequence[RankBatches]
+"""``batches_per_step`` draws, each with one batch per hosted rank."""
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """How an oracle wants its batches drawn.
+
+    Attributes:
+        batch_size: examples per rank and draw (the expected number under ``poisson``).
+        sampling: ``shuffle`` (epochs without replacement), ``replacement``, ``poisson`` (each
+            example by its own coin) or ``full`` (the whole shard, ``batch_size`` ignored).
+        indices: whether batches carry the examples' places in the dataset.
+    """
+
+    batch_size: int
+    sampling: Literal["shuffle", "replacement", "poisson", "full"] = "shuffle"
+    indices: bool = False
+
+
+Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
+Score = Callable[[nn.Module, tuple[Tensor, ...]], dict[str, Tensor]]
+
+
+def _count_examples(inputs: tuple[Tensor, ...]) -> float:
+    return float(len(inputs[0]))
+
+
+@dataclass
+class Problem:
+    """A task made ready for n ranks.
+
+    Attributes:
+        module: holds x0: the same parameters on every rank, a function of the seed alone.
+        train: the examples.
+        shards: per rank, int64 places in ``train``; empty for a stream.
+        test: held-out examples, or None.
+        loss: (module, inputs) -> (): the mean over examples (tokens for a language model).
+        score: (module, inputs) -> sums over examples, each divided by their ``weigh`` at the end:
+            ``{"accuracy": number right}``; None where the task has none.
+        weigh: inputs -> how many examples (tokens) the mean of ``loss`` runs over.
+        objective: what f is when the user says nothing: the mean over ranks of f_i, or over
+            examples.
+    """
+
+    module: nn.Module
+    train: Dataset | Stream
+    shards: tuple[np.ndarray, ...]
+    loss: Loss
+    test: Dataset | None = None
+    score: Score | None = None
+    weigh: Callable[[tuple[Tensor, ...]], float] = _count_examples
+    objective: Literal["ranks", "examples"] = "ranks"
+
+
+class Task(Component, ABC):
+    """A model, its data (sharded over ranks) and its metrics."""
+
+    name: str = ""
+
+    @abstractmethod
+    def build(self, n: int, seed: int) -> Problem:
+        """Load, split over n ranks, and build the module.
+
+        Raises:
+            ConfigError: a file is missing or broken, or there are fewer examples than ranks.
+        """
+
+
+# --- oracles --------------------------------------------------------------------------------
+
+
+class Directions(Protocol):
+    """A gradient estimate as coefficients and the counters that replay its directions."""
+
+    def mean(self) -> Tensor:
+        """Return the mean of the dense estimates over ranks, (1, d)."""
+        ...
+
+    def add_to_(self, x: Tensor, scale: float) -> Tensor:
+        """Add ``scale`` times the estimate to x (local, d) without storing it."""
+        ...
+
+    def dense(self) -> Tensor:
+        """Return the estimate as rows (local, d)."""
+        ...
+
+
+@dataclass
+class Estimate:
+    """What an oracle says about one point per rank.
+
+    Attributes:
+        loss: (local,) float64.
+        grad: (local, d) or Directions. Its mean over ranks estimates the objective's gradient.
+        weight: (local,) float64, examples or tokens behind it.
+        noise_std: standard deviation of noise that was added on purpose, per element.
+        metrics: further figures for the log.
+    """
+
+    loss: Tensor
+    grad: Any  # Tensor, or Directions for an oracle whose form is "directions"
+    weight: Tensor
+    noise_std: float = 0.0
+    metrics: Metrics = field(default_factory=dict)
+
+
+Sink = Callable[[slice, Tensor], None]
+
+
+class Oracle(Component, ABC):
+    """Turns (parameters, batch) into a loss and a gradient estimate, per hosted rank."""
+
+    name: str = ""
+    form: ClassVar[Literal["row", "directions", "stream"]] = "row"
+
+    @abstractmethod
+    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
+        """Get ready for a problem, once, before the first call.
+
+        Raises:
+            ConfigError: this oracle cannot serve this problem.
+        """
+
+    @property
+    @abstractmethod
+    def layout(self) -> RowLayout:
+        """How the problem's module lies in a row; valid after ``setup``."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+        sink: Sink | None = None,
+    ) -> Estimate:
+        """Estimate the gradient at x (local, d) on one batch per hosted rank.
+
+        Args:
+            x: one row per hosted rank; kept.
+            batch: one batch per hosted rank.
+            combine: [(c_k, x_k)]: estimate sum_k c_k grad f_i(x_k) on the same examples instead
+                (the loss is still at ``x``).
+            sink: called per slice of the row, in one order on all ranks, instead of holding a row.
+        """
+
+    @abstractmethod
+    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
+        """Return the losses at x, (local,) float64, without a gradient."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resume needs beyond (seed, step): tensors (local, ...)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state_dict`` returned."""
+
+
+# --- optimizers and algorithms --------------------------------------------------------------
+
+
+class Optimizer(Component, ABC):
+    """Turns a gradient into an update of the row, local to the rank."""
+
+    name: str = ""
+    lr: float = Field(gt=0)
+    """Learning rate. Required: no value suits every model."""
+    schedule: Literal["constant", "sqrt", "sqrt_n_over_t", "linear", "cosine"] = "constant"
+    """How the rate moves: lr; lr / sqrt(k + 1); lr * sqrt(n / (k + 1)) capped at lr; to zero."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps over which the rate rises linearly from 0."""
+
+    @abstractmethod
+    def init(self, x: Tensor) -> Any:
+        """Return the state for rows like x (local, d): a dataclass of tensors, or None."""
+
+    @abstractmethod
+    def direction(self, state: Any, x: Tensor, grad: Tensor, step: int) -> Tensor:
+        """Return the direction (local, d) whose multiple by -rate is the update; moves ``state``.
+
+        ``x`` and ``grad`` are kept; the result may be ``grad`` itself.
+        """
+
+    def rate(self, comm: Communicator) -> float:
+        """Return the learning rate of this step."""
+        return scheduled(self.lr, self.schedule, self.warmup, comm)
+
+    def update_(self, state: Any, x: Tensor, grad: Tensor, comm: Communicator) -> Tensor:
+        """``x -= rate * direction`` in place; returns x."""
+        direction = self.direction(state, x, grad, comm.step)
+        return combine([(1.0, x), (-self.rate(comm), direction)], out=x)
+
+
+class State(Protocol):
+    """A dataclass of tensors (local, ...), numbers and nested states: what a resume needs."""
+
+    @property
+    def x(self) -> Tensor:
+        """The parameters to evaluate, (local, d)."""
+        ...
+
+
+class Algorithm(Component, ABC):
+    """Who averages what with whom: ``init`` and ``step``, per rank.
+
+    A step function uses row-wise arithmetic and the communicator only; then it runs unchanged with
+    one rank per process or with all of them in one.
+    """
+
+    name: str = ""
+    takes: ClassVar[frozenset[str]] = frozenset({"row"})
+    """The forms of oracle it takes; another is made dense with a message, or refused."""
+    optimizer: Optimizer | None = Field(default=None, exclude=True)
+    """Filled from the section ``optimizer``; None where the algorithm has a rule of its own."""
+
+    @property
+    def batches_per_step(self) -> int:
+        """Draws of one step: the number of local updates inside it."""
+        return 1
+
+    @property
+    def rounds_per_step(self) -> int:
+        """How far the schedule's round t moves after a step."""
+        return 1
+
+    def adapt(self, topology: Topology) -> Topology:
+        """Return the topology to run on: the given one, or its lazy form with a warning.
+
+        Raises:
+            ConfigError: the condition on W fails; names the condition and the way out.
+        """
+        return require_doubly_stochastic(self.name, topology)
+
+    @abstractmethod
+    def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> Any:
+        """Return the state that starts at x (local, d), equal rows unless resumed."""
+
+    @abstractmethod
+    def step(self, comm: Communicator, oracle: Oracle, state: Any, batches: Batches) -> Metrics:
+        """Make one step in place and return its figures."""
+
+
+def default_dtype(dtype: Literal["float32", "float64"]) -> torch.dtype:
+    """Return the torch dtype a task calls by name."""
+    return {"float32": torch.float32, "float64": torch.float64}[dtype]

@@ -1,0 +1,68 @@
+"""Names in YAML and the classes behind them: one line per component, imported when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from gossamer.runtime.component import Component
+from gossamer.runtime.errors import ConfigError, nearest
+
+__all__ = ["REGISTRY", "find", "import_object"]
+
+REGISTRY: dict[str, dict[str, str]] = {
+    "task": {},
+    "oracle": {"backprop": "oracles.backprop:Backprop"},
+    "optimizer": {},
+    "algorithm": {},
+}
+"""kind -> name -> ``module:Class`` below ``gossamer.algorithms``."""
+
+
+def find(kind: str, name: str) -> type[Component]:
+    """Return the class called ``name``, or the user's own ``package.module:Class``.
+
+    Raises:
+        ConfigError: no such name (the nearest ones are offered), or the import fails.
+    """
+    if ":" in name:
+        found = import_object(name, f"{kind}.name")
+        if not (isinstance(found, type) and issubclass(found, Component)):
+            raise ConfigError(
+                f"{kind}.name: {name} is not a class derived from gossamer's {kind.capitalize()}"
+            )
+        return found
+    name = name.replace("_", "-")
+    if name not in REGISTRY[kind]:
+        raise ConfigError(
+            f"{kind}.name: unknown {kind} '{name}'{nearest(name, REGISTRY[kind])} "
+            f"(your own: 'package.module:Class')"
+        )
+    module, _, cls = REGISTRY[kind][name].partition(":")
+    found = getattr(importlib.import_module(f"gossamer.algorithms.{module}"), cls)
+    assert issubclass(found, Component), found
+    return found
+
+
+def import_object(path: str, where: str) -> Any:
+    """Import ``package.module:object``; the current folder counts as importable.
+
+    Raises:
+        ConfigError: names ``where``, the path and what failed.
+    """
+    module, _, attribute = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{where}: cannot import '{module}' ({error}); run from its folder, or install it"
+        ) from error
+    except AttributeError:
+        known = [n for n in vars(sys.modules[module]) if not n.startswith("_")]
+        raise ConfigError(
+            f"{where}: {module} has no '{attribute}'{nearest(attribute, known)}"
+        ) from None

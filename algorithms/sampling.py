@@ -1,0 +1,198 @@
+"""Which examples a rank sees when: a pure function of (seed, step, draw).
+
+Nothing is kept between calls but caches, so a resumed run draws what the undisturbed one would
+have drawn, and a rank's batches do not depend on which process hosts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.algorithms.protocols import Batch, DataPlan, Dataset, Problem, Stream
+from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.native import ALIGNMENT
+from gossamer.runtime.random import Random
+
+__all__ = ["Sampler"]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Hosted ranks whose shards have one length, drawn together.
+
+    Attributes:
+        rows: their places among the hosted ranks.
+        ranks: their ids.
+        shards: int64 (ranks, length), places in the dataset.
+    """
+
+    rows: tuple[int, ...]
+    ranks: tuple[int, ...]
+    shards: np.ndarray
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """Return the dataset places at ``places`` (ranks, m) of each shard."""
+        return np.take_along_axis(self.shards, places, axis=1)
+
+
+class Sampler:
+    """Draws the hosted ranks' batches as an oracle's plan asks.
+
+    ``shuffle`` goes through the shard in a fresh counted permutation per epoch. An epoch ends where
+    the shard does, not where a batch does: a batch may span two epochs, and one that is larger than
+    the shard holds whole passes over it. Ranks with shorter shards are in later epochs.
+
+    Example:
+        >>> from gossamer.algorithms.tasks.bundled import Digits
+        >>> problem = Digits().build(n=4, seed=0)
+        >>> sampler = Sampler(problem, DataPlan(batch_size=32), ranks=range(4), seed=0)
+        >>> [[len(batch) for batch in draw] for draw in sampler.batches(step=7, count=1)]
+        [[32, 32, 32, 32]]
+    """
+
+    def __init__(self, problem: Problem, plan: DataPlan, ranks: Iterable[int], seed: int) -> None:
+        """Get ready to draw.
+
+        Args:
+            problem: whose training examples are drawn.
+            plan: how the oracle wants them.
+            ranks: those hosted here.
+            seed: of the draws: the run's, or a secret one where the coins must be private.
+
+        Raises:
+            ConfigError: an empty shard, a Poisson rate above 1, or a plan that needs a finite
+                dataset where the task is a stream.
+        """
+        self._problem, self._plan = problem, plan
+        self._ranks, self._seed = tuple(ranks), seed
+        self._random = Random(seed)
+        self._is_stream = hasattr(problem.train, "draw")
+        self._groups = [] if self._is_stream else _group(problem.shards, self._ranks)
+        self._epochs: dict[int, tuple[int, np.ndarray]] = {}
+        self._whole: list[Batch] | None = None
+        self._check()
+
+    def batches(self, step: int, count: int) -> list[list[Batch]]:
+        """Return ``count`` draws of ``step``, each with one batch per hosted rank.
+
+        Args:
+            step: from 0.
+            count: draws of every step of the run, so that a shuffled epoch goes on from step to
+                step.
+        """
+        if self._is_stream:
+            return [self._fresh(step, draw) for draw in range(count)]
+        if self._plan.sampling == "full":
+            if self._whole is None:
+                self._whole = self._fetch([self._problem.shards[rank] for rank in self._ranks])
+            return [self._whole] * count
+        places: list[np.ndarray] = []
+        for draw in range(count):
+            drawn: dict[int, np.ndarray] = {}
+            for group in self._groups:
+                drawn.update(zip(group.rows, self._draw(group, step, draw, count), strict=True))
+            places += [drawn[row] for row in range(len(self._ranks))]
+        batches = self._fetch(places)
+        local = len(self._ranks)
+        return [batches[k * local : (k + 1) * local] for k in range(count)]
+
+    def _draw(self, group: _Group, step: int, draw: int, count: int) -> Sequence[np.ndarray]:
+        """Return the places in the dataset of one draw, per rank of the group."""
+        length, size = group.shards.shape[1], self._plan.batch_size
+        if self._plan.sampling == "shuffle":
+            return self._shuffled(group, (step * count + draw) * size)
+        stream = self._random.stream("data", group.ranks, step, draw)
+        if self._plan.sampling == "replacement":
+            return group.take(stream.integers(length, size).numpy())
+        # 32-bit coins, rounded down: never more likely than the rate that privacy is counted for.
+        coins = stream.integers(2**32, length).numpy() < int(size / length * 2**32)
+        return [shard[coin] for shard, coin in zip(group.shards, coins, strict=True)]
+
+    def _shuffled(self, group: _Group, first: int) -> np.ndarray:
+        """Return samples ``first``.. of the endless sequence of epochs, (ranks, batch_size)."""
+        length, size = group.shards.shape[1], self._plan.batch_size
+        parts = []
+        for epoch in range(first // length, (first + size - 1) // length + 1):
+            begin = max(first - epoch * length, 0)
+            end = min(first + size - epoch * length, length)
+            parts.append(self._epoch(group, epoch)[:, begin:end])
+        return np.concatenate(parts, axis=1)
+
+    def _epoch(self, group: _Group, epoch: int) -> np.ndarray:
+        """Return the group's shards in the order of ``epoch``, (ranks, length)."""
+        length = group.shards.shape[1]
+        cached, order = self._epochs.get(length, (None, group.shards))
+        if cached != epoch:
+            stream = self._random.stream("data", group.ranks, step=epoch)
+            order = group.take(stream.permutation(length).numpy())
+            self._epochs[length] = (epoch, order)
+        return order
+
+    def _fresh(self, step: int, draw: int) -> list[Batch]:
+        stream = cast(Stream, self._problem.train)
+        size = self._plan.batch_size
+        return [Batch(stream.draw(self._seed, rank, step, draw, size)) for rank in self._ranks]
+
+    def _fetch(self, places: list[np.ndarray]) -> list[Batch]:
+        """Look all examples up at once, then cut them into one batch per element of ``places``."""
+        flat = torch.from_numpy(np.concatenate(places))
+        sizes = [len(p) for p in places]
+        columns = [flat.split(sizes)]
+        columns += [column.split(sizes) for column in cast(Dataset, self._problem.train)[flat]]
+        return [
+            Batch(tuple(map(_aligned, inputs)), indices if self._plan.indices else None)
+            for indices, *inputs in zip(*columns, strict=True)
+        ]
+
+    def _check(self) -> None:
+        plan = self._plan
+        if self._is_stream:
+            if plan.sampling in ("poisson", "full") or plan.indices:
+                wish = "indices" if plan.indices else plan.sampling
+                raise ConfigError(
+                    f"oracle: asks for '{wish}', which needs a finite dataset, but the task is a "
+                    "stream; use a task with a dataset, or sampling: replacement"
+                )
+            return
+        if plan.sampling == "full":
+            return
+        for group in self._groups:
+            length = group.shards.shape[1]
+            if plan.sampling == "poisson" and plan.batch_size > length:
+                raise ConfigError(
+                    f"oracle.batch_size: rank {group.ranks[0]} holds {length} examples, so that "
+                    f"each cannot be drawn with probability {plan.batch_size}/{length}; use at "
+                    f"most {length}, or fewer ranks"
+                )
+
+
+def _group(shards: Sequence[np.ndarray], ranks: Sequence[int]) -> list[_Group]:
+    by_length: dict[int, list[int]] = {}
+    for row, rank in enumerate(ranks):
+        if len(shards[rank]) == 0:
+            raise ConfigError(
+                f"task: rank {rank} has no training example; use fewer ranks, or another split"
+            )
+        by_length.setdefault(len(shards[rank]), []).append(row)
+    return [
+        _Group(
+            rows=tuple(rows),
+            ranks=tuple(ranks[row] for row in rows),
+            shards=np.stack([shards[ranks[row]] for row in rows]),
+        )
+        for rows in by_length.values()
+    ]
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """Return ``part`` where a fresh tensor would lie: BLAS may round by its operands' alignment.
+
+    Otherwise a rank's gradient would depend on how many ranks' batches were fetched with its own.
+    """
+    return part if part.data_ptr() % ALIGNMENT == 0 else part.clone()

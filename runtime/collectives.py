@@ -1,0 +1,213 @@
+"""Global operations over ranks, for blocks of rows as for processes.
+
+All are made of the transport's one primitive. Sums add in ascending rank, whatever the split of
+ranks over processes: each process sums a slice of the elements over all ranks, then the slices are
+gathered. The bytes counted are those of that algorithm between ranks: 2 (n-1)/n of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.runtime.native import Terms, weighted_sum
+from gossamer.runtime.placement import Placement
+from gossamer.runtime.traffic import Traffic
+from gossamer.runtime.transports.base import Transport
+
+__all__ = ["RankGroup", "Reduction"]
+
+Reduction = Literal["sum", "mean", "min", "max"]
+
+_DIRECT_ELEMENTS = 4096
+"""Shorter rows are gathered whole and summed by everyone: one exchange instead of two."""
+
+
+class RankGroup:
+    """The ranks of a run, of which this process hosts a contiguous block.
+
+    Attributes:
+        n: number of ranks.
+        ranks: those hosted here.
+        local: how many those are.
+        device: where rows live.
+        transport: how bytes move.
+        traffic: what was sent and how long it took.
+    """
+
+    def __init__(self, n: int, transport: Transport, *, timeout_s: float = 300.0) -> None:
+        self.transport = transport
+        self.placement = Placement(n, transport.processes)
+        self.n = n
+        self.ranks = self.placement.ranks(transport.process)
+        self.local = len(self.ranks)
+        self.device = transport.device
+        self.timeout_s = timeout_s
+        self.traffic = Traffic(np.zeros(self.local, np.int64), np.zeros(self.local, np.int64))
+        self.step = 0
+
+    # --- collectives ------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum", *, count: bool = True) -> Tensor:
+        """Reduce over all ranks, in ascending rank.
+
+        Args:
+            x: (local, m), rows contiguous; kept.
+            op: ``sum``, ``mean`` (the sum, then divided by n), ``min`` or ``max``.
+            count: whether the bytes are the algorithm's (False for metrics and checks).
+
+        Returns:
+            (1, m), the same on every process; broadcasts against rows.
+        """
+        self._count(2 * x.shape[1] * x.element_size() * (self.n - 1) / self.n, 2, count)
+        m = x.shape[1]
+        sums = op in ("sum", "mean")
+        if not sums or self.transport.processes == 1 or m <= _DIRECT_ELEMENTS:
+            rows = self._gather_rows(x, f"all_reduce({op})")
+            if not sums:
+                return (rows.amin if op == "min" else rows.amax)(dim=0, keepdim=True)
+            total = _sum_rows(rows)
+        else:
+            total = self._sum_by_slices(x)
+        return total.div_(self.n) if op == "mean" else total
+
+    def all_gather(self, x: Tensor, *, count: bool = True) -> Tensor:
+        """Return every rank's row in rank order: (local, m) -> (n, m)."""
+        self._count((self.n - 1) * x.shape[1] * x.element_size(), self.n - 1, count)
+        return self._gather_rows(x, "all_gather")
+
+    def broadcast(self, x: Tensor, root: int = 0, *, count: bool = True) -> Tensor:
+        """Return rank ``root``'s row as (1, m) on every process; x is (local, m)."""
+        owner = int(self.placement.owner(np.asarray(root)))
+        bytes_sent = x.shape[1] * x.element_size() * (self.n - 1)
+        if root in self.ranks and count:
+            self.traffic.bytes_sent[root - self.ranks.start] += bytes_sent
+            self.traffic.messages_sent[root - self.ranks.start] += self.n - 1
+        me, others = self.transport.process, self._others()
+        if me == owner:
+            row = x[root - self.ranks.start].contiguous().clone()
+            self._exchange([(p, row) for p in others], [], f"broadcast from rank {root}")
+        else:
+            row = torch.empty(x.shape[1], dtype=x.dtype, device=x.device)
+            self._exchange([], [(owner, row)], f"broadcast from rank {root}")
+        return row[None]
+
+    def all_to_all(self, x: Tensor, *, count: bool = True) -> Tensor:
+        """Return y with ``y[i, j] = x[j, i]``: every rank's part; (local, n, m) both."""
+        local, n, m = x.shape
+        self._count((n - 1) * m * x.element_size(), n - 1, count)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        sends, receives, parts = [], [], []
+        for p in range(self.transport.processes):
+            ranks = self.placement.ranks(p)
+            columns = slice(ranks.start, ranks.stop)
+            block = x[:, columns].transpose(0, 1).contiguous()  # [their rank, my rank]
+            if p == self.transport.process:
+                out[:, columns] = block
+                continue
+            part = torch.empty(local, len(ranks), m, dtype=x.dtype, device=x.device)
+            sends.append((p, block))
+            receives.append((p, part))
+            parts.append((columns, part))
+        # A peer's block arrives as [my rank, its rank].
+        self._exchange(sends, receives, "all_to_all")
+        for columns, part in parts:
+            out[:, columns] = part
+        return out
+
+    def reduce_scatter(self, x: Tensor, *, count: bool = True) -> Tensor:
+        """Sum over ranks and keep one's own part: (local, n * m) -> (local, m).
+
+        Rank i gets ``sum_j x[j, i * m:(i + 1) * m]``, added in ascending j.
+        """
+        local = x.shape[0]
+        received = self.all_to_all(x.reshape(local, self.n, -1), count=count)
+        return torch.cat([_sum_rows(part) for part in received])
+
+    def barrier(self) -> None:
+        """Return when every process has come here."""
+        self._gather_rows(torch.zeros(self.local, 1, device=self.device), "barrier")
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether ``flag`` holds on every process: decide together, then act."""
+        row = torch.full((self.local, 1), float(flag), device=self.device)
+        return bool(self.all_reduce(row, "min", count=False).item())
+
+    def same(self, value: int) -> bool:
+        """Return whether every process passed the same integer (63 bits at most)."""
+        row = torch.full((self.local, 1), value, dtype=torch.int64, device=self.device)
+        rows = self._gather_rows(row, "agreement check")
+        return bool((rows == rows[0]).all().item())
+
+    # --- below the collectives --------------------------------------------------------------
+
+    def _others(self) -> list[int]:
+        """Return the other processes, starting after this one so that not all call on 0 first."""
+        me, processes = self.transport.process, self.transport.processes
+        return [(me + k) % processes for k in range(1, processes)]
+
+    def _exchange(
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        operation: str,
+    ) -> None:
+        if not sends and not receives:
+            return
+        with self.traffic.span("wait", operation, self.step):
+            where = f"step {self.step}: {operation}"
+            self.transport.exchange(sends, receives, where).wait(self.timeout_s)
+
+    def _count(self, bytes_sent: float, messages: int, count: bool) -> None:
+        if count and self.n > 1:
+            self.traffic.bytes_sent += round(bytes_sent)
+            self.traffic.messages_sent += messages
+
+    def _gather_rows(self, x: Tensor, operation: str) -> Tensor:
+        if self.transport.processes == 1:
+            return x.clone() if operation == "all_gather" else x
+        x = x.contiguous()
+        out = torch.empty(self.n, x.shape[1], dtype=x.dtype, device=x.device)
+        out[self.ranks.start : self.ranks.stop] = x
+        receives = []
+        for p in self._others():
+            ranks = self.placement.ranks(p)
+            receives.append((p, out[ranks.start : ranks.stop]))
+        self._exchange([(p, x) for p in self._others()], receives, operation)
+        return out
+
+    def _sum_by_slices(self, x: Tensor) -> Tensor:
+        m, processes, me = x.shape[1], self.transport.processes, self.transport.process
+        cuts = [m * p // processes for p in range(processes + 1)]
+        mine = slice(cuts[me], cuts[me + 1])
+        rows = torch.empty(self.n, cuts[me + 1] - cuts[me], dtype=x.dtype, device=x.device)
+        rows[self.ranks.start : self.ranks.stop] = x[:, mine]
+        sends, receives = [], []
+        for p in self._others():
+            ranks = self.placement.ranks(p)
+            sends.append((p, x[:, cuts[p] : cuts[p + 1]].contiguous()))
+            receives.append((p, rows[ranks.start : ranks.stop]))
+        self._exchange(sends, receives, "all_reduce (slices)")
+        out = torch.empty(1, m, dtype=x.dtype, device=x.device)
+        part = _sum_rows(rows)
+        out[:, mine] = part
+        self._exchange(
+            [(p, part[0]) for p in self._others()],
+            [(p, out[0, cuts[p] : cuts[p + 1]]) for p in self._others()],
+            "all_reduce (gather)",
+        )
+        return out
+
+
+def _sum_rows(rows: Tensor) -> Tensor:
+    """Return the sum over rows (n, m) as (1, m), added from the first row to the last."""
+    out = torch.empty(1, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    if not rows.dtype.is_floating_point:
+        return torch.sum(rows, dim=0, keepdim=True, out=out)  # exact in any order
+    n = rows.shape[0]
+    terms = Terms(np.array([0, n], np.int64), np.arange(n, dtype=np.int64), np.ones(n))
+    return weighted_sum([rows], terms, out)

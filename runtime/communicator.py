@@ -1,0 +1,332 @@
+"""The communicator: the only way for ranks to talk.
+
+Every process calls every method in the same order with the same shapes. Operations run one at a
+time, in the order they were called; ``*_async`` ones on a thread of their own while the caller
+computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.runtime.collectives import RankGroup
+from gossamer.runtime.errors import RoundMismatch
+from gossamer.runtime.exchange import ExchangePlan, plan_exchange
+from gossamer.runtime.native import Terms, weighted_sum
+from gossamer.runtime.random import Random, Stream
+from gossamer.runtime.rows import empty_rows
+from gossamer.runtime.transports.base import Transport
+from gossamer.topologies import Round, Topology
+
+__all__ = ["Communicator", "Messages", "Work"]
+
+T = TypeVar("T")
+
+
+class Work(Generic[T]):
+    """What an asynchronous call returns; ``wait`` gives its result or raises its error."""
+
+    def __init__(self, future: Future[T], comm: Communicator, name: str) -> None:
+        self._future, self._comm, self._name = future, comm, name
+
+    def wait(self) -> T:
+        """Return the result of the operation; may be called again."""
+        with self._comm.traffic.span("wait", f"wait for {self._name}", self._comm.step):
+            return self._future.result()
+
+    def done(self) -> bool:
+        """Say whether ``wait`` would return at once."""
+        return self._future.done()
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Neighbours' rows, kept apart: one per in-edge of the hosted ranks, by target then source.
+
+    Attributes:
+        values: (edges, m), what the neighbour sent.
+        source: int64 (edges,), the neighbour's rank.
+        target: int64 (edges,), the hosted row that received it.
+        weight: float64 (edges,), W(t)[target, source].
+    """
+
+    values: Tensor
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+
+    def weighted_sum(self, values: Tensor, out: Tensor) -> Tensor:
+        """Write ``out[i] = sum over edges into i of weight * values[edge]``, ascending source.
+
+        Args:
+            values: (edges, d), what became of ``self.values`` (decoded, clipped, ...).
+            out: (local, d).
+        """
+        counts = np.bincount(self.target.numpy(), minlength=out.shape[0])
+        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        columns = np.arange(len(self.target), dtype=np.int64)
+        return weighted_sum([values], Terms(indptr, columns, self.weight.numpy()), out)
+
+
+class Communicator(RankGroup):
+    """The handle through which the ranks of this process talk.
+
+    Attributes:
+        topology: the schedule of graphs; W(t) is of round ``self.round``.
+        step: the algorithm's step; moved by the loop, counts random numbers.
+        round: t, the schedule's index; moved by the loop after each step.
+        steps: how many steps the run will make (the horizon T); None when open-ended.
+        seed: the run's source of counted random numbers.
+
+    Example:
+        >>> import torch
+        >>> from gossamer.runtime import Communicator, StackedTransport
+        >>> from gossamer.topologies import build
+        >>> comm = Communicator(build("ring", 4), StackedTransport())
+        >>> comm.neighbor_average(torch.tensor([[0.0], [3.0], [6.0], [9.0]])).flatten().tolist()
+        [4.0, 3.0, 6.0, 5.0]
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        transport: Transport,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        timeout_s: float = 300.0,
+        check_rounds: bool = True,
+    ) -> None:
+        """Join the run; every process passes the same topology and seed.
+
+        Args:
+            topology: the schedule.
+            transport: how bytes move.
+            seed: of the counted random numbers.
+            steps: the horizon, for schedules that depend on it.
+            timeout_s: bound of every wait.
+            check_rounds: compare a hash of each new round between processes before it is used.
+
+        Raises:
+            RoundMismatch: the processes passed different topologies; on every one of them.
+        """
+        super().__init__(topology.n, transport, timeout_s=timeout_s)
+        self.topology = topology
+        self.round = 0
+        self.steps = steps
+        self.seed = Random(seed)
+        self._check_rounds = check_rounds and transport.processes > 1
+        self._plans = lru_cache(maxsize=max(64, topology.period or 0))(self._plan)
+        self._scratch: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._worker: ThreadPoolExecutor | None = None
+        self._last: Future[Tensor] | None = None
+        if self._check_rounds and not self.same(topology.digest()):
+            raise RoundMismatch(
+                f"topology: the processes hold different topologies; this one has {topology!r}"
+            )
+
+    # --- averaging over the graph -----------------------------------------------------------
+
+    def neighbor_average(
+        self,
+        x: Tensor,
+        *,
+        out: Tensor | None = None,
+        axpy: tuple[float, Tensor] | None = None,
+        rounds: int = 1,
+    ) -> Tensor:
+        """Return W(t) x: each row becomes the weighted sum of its neighbours' rows.
+
+        Sends one message of d elements per edge; t is advanced by the loop, not here. Terms are
+        added own row first, then in ascending rank, in float32 (float64 for float64 rows), so the
+        bits do not depend on the transport. One call at a time.
+
+        Args:
+            x: (local, d), rows contiguous; kept unless it is also ``out``.
+            out: where to write; a new tensor when None.
+            axpy: ``(a, y)``: adds a*y after the (last) average, in the same pass.
+            rounds: how many times the same W(t) is applied.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            ValueError: wrong shape, dtype or layout; nothing was sent.
+            CommTimeout: a neighbour did not answer in time; names peer and operation.
+            PeerLost: a neighbour's process is gone; names peer and operation.
+            RoundMismatch: the processes hold different rounds t; raised on all of them.
+        """
+        out = self._output(x, out)
+        self._settle()
+        return self._average(self._plan_now(), x, out, axpy, rounds)
+
+    def neighbor_average_async(
+        self,
+        x: Tensor,
+        *,
+        out: Tensor | None = None,
+        axpy: tuple[float, Tensor] | None = None,
+        rounds: int = 1,
+    ) -> Work[Tensor]:
+        """Start ``neighbor_average`` and return at once; it progresses while the caller computes.
+
+        ``x``, ``out`` and ``y`` belong to the operation until ``wait`` returns.
+        """
+        out = self._output(x, out)
+        plan = self._plan_now()
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="gossamer-comm")
+        self._last = self._worker.submit(self._average, plan, x, out, axpy, rounds)
+        return Work(self._last, self, "neighbor_average")
+
+    def neighbor_gather(self, x: Tensor) -> Messages:
+        """Return the rows that each hosted rank receives in round t, kept apart.
+
+        For compression and robust aggregation. Rows may be of any dtype (packed bytes too); all
+        ranks send rows of one length.
+
+        Args:
+            x: (local, m), rows contiguous; kept.
+        """
+        plan = self._plan_now()
+        self._settle()
+        self._count_edges(plan, x, 1)
+        received = self._receive(plan, x, "neighbor_gather")
+        columns = torch.from_numpy(plan.columns)
+        rows = torch.cat([x, received]) if plan.num_received else x
+        return Messages(
+            values=rows[columns.to(x.device)],
+            source=torch.from_numpy(plan.sources.astype(np.int64)),
+            target=torch.from_numpy(plan.targets),
+            weight=torch.from_numpy(plan.weights.copy()),
+        )
+
+    # --- memory and random numbers ----------------------------------------------------------
+
+    def alloc(self, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return zeros (local, d) where the transport reads rows without copies."""
+        return empty_rows(self.local, d, dtype, self.device)
+
+    def random(self, name: str, *, ids: Iterable[int] | None = None, draw: int = 0) -> Stream:
+        """Return the counted streams ``name`` at this step, one per id (default: hosted ranks)."""
+        return self.seed.stream(name, self.ranks if ids is None else ids, self.step, draw)
+
+    def close(self) -> None:
+        """Finish what is in flight and leave the transport; may be called twice."""
+        if self._worker is not None:
+            self._worker.shutdown(wait=True)
+            self._worker = None
+        self.transport.close()
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _output(self, x: Tensor, out: Tensor | None) -> Tensor:
+        if x.dim() != 2 or x.shape[0] != self.local:
+            raise ValueError(
+                f"neighbor_average: x must be ({self.local}, d), one row per hosted rank, "
+                f"got {tuple(x.shape)}"
+            )
+        if out is None:
+            return empty_rows(x.shape[0], x.shape[1], x.dtype, x.device)
+        if out.shape != x.shape or out.dtype != x.dtype:
+            raise ValueError(
+                f"neighbor_average: out is {tuple(out.shape)} {out.dtype}, "
+                f"x {tuple(x.shape)} {x.dtype}"
+            )
+        return out
+
+    def _settle(self) -> None:
+        """Let an operation in flight finish first; its error is raised by its own ``wait``."""
+        if self._last is not None:
+            self._last.exception()
+            self._last = None
+
+    def _exchange(
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        operation: str,
+    ) -> None:
+        self._settle()
+        super()._exchange(sends, receives, operation)
+
+    def _plan_now(self) -> ExchangePlan:
+        period = self.topology.period
+        return self._plans(self.round if period is None else self.round % period)
+
+    def _plan(self, t: int) -> ExchangePlan:
+        round_: Round = self.topology.round(t)
+        if self._check_rounds and not self.same(round_.digest()):
+            raise RoundMismatch(
+                f"topology: the processes hold different rounds t={t} of {self.topology.name}; "
+                "a schedule must be a function of t alone, the same on every process"
+            )
+        return plan_exchange(round_, self.placement, self.transport.process)
+
+    def _average(
+        self,
+        plan: ExchangePlan,
+        x: Tensor,
+        out: Tensor,
+        axpy: tuple[float, Tensor] | None,
+        rounds: int,
+    ) -> Tensor:
+        self._count_edges(plan, x, rounds)
+        source = x
+        for k in range(rounds):
+            received = self._receive(plan, source, "neighbor_average")
+            with self.traffic.span("communicate", "weighted sum", self.step):
+                weighted_sum(
+                    [source, received],
+                    plan.terms,
+                    out,
+                    axpy=axpy if k == rounds - 1 else None,
+                    staged=self.local > 1 and _overlap(source, out),
+                )
+            source = out
+        return out
+
+    def _receive(self, plan: ExchangePlan, x: Tensor, operation: str) -> Tensor:
+        """Return the rows of other processes that the plan asks for, (num_received, m)."""
+        received = self._buffer(plan.num_received, x)
+        if not plan.sends and not plan.receives:
+            return received
+        sends = [(peer, x[row]) for peer, rows in plan.sends for row in rows]
+        receives, at = [], 0
+        for peer, count in plan.receives:
+            receives += [(peer, received[k]) for k in range(at, at + count)]
+            at += count
+        where = f"step {self.step}: {operation} (round {self.round})"
+        with self.traffic.span("wait", operation, self.step):
+            self.transport.exchange(sends, receives, where).wait(self.timeout_s)
+        return received
+
+    def _buffer(self, rows: int, like: Tensor) -> Tensor:
+        key = (rows, like.shape[1], like.dtype)
+        if key not in self._scratch:
+            self._scratch[key] = empty_rows(rows, like.shape[1], like.dtype, like.device)
+        return self._scratch[key]
+
+    def _count_edges(self, plan: ExchangePlan, x: Tensor, rounds: int) -> None:
+        self.traffic.messages_sent += plan.degree * rounds
+        self.traffic.bytes_sent += plan.degree * (rounds * x.shape[1] * x.element_size())
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors share memory; both may have padded rows."""
+    begin_a, begin_b = a.data_ptr(), b.data_ptr()
+    end_a, end_b = (t.data_ptr() + _extent(t) for t in (a, b))
+    return begin_a < end_b and begin_b < end_a
+
+
+def _extent(rows: Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
+    return (last + 1) * rows.element_size()

@@ -1,0 +1,98 @@
+"""What one process does in one round: which rows it sends, receives and adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gossamer.runtime.native import Terms
+from gossamer.runtime.placement import Placement
+from gossamer.topologies import Round
+
+__all__ = ["ExchangePlan", "plan_exchange"]
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """One process's part of a round.
+
+    A rank's row travels once to a process however many of its ranks want it. The table of rows is
+    the hosted rows, then the received ones.
+
+    Attributes:
+        sends: (peer, hosted rows it wants, ascending).
+        receives: (peer, how many rows come from it), peers ascending: ranks ascend too.
+        num_received: rows received in all.
+        terms: the weighted sums over the table: own row first, then ascending rank.
+        sources: int64 (edges,), the sending rank of each in-edge of the hosted ranks, by target.
+        columns: int64 (edges,), its place in the table.
+        targets: int64 (edges,), the hosted row that receives.
+        weights: float64 (edges,).
+        degree: int64 (local,), messages each hosted rank sends.
+    """
+
+    sends: tuple[tuple[int, tuple[int, ...]], ...]
+    receives: tuple[tuple[int, int], ...]
+    num_received: int
+    terms: Terms
+    sources: np.ndarray
+    columns: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    degree: np.ndarray
+
+
+def plan_exchange(round_: Round, placement: Placement, process: int) -> ExchangePlan:
+    """Work out what ``process`` does in ``round_``; vectorised over edges."""
+    ranks = placement.ranks(process)
+    first, last = ranks.start, ranks.stop
+    local = len(ranks)
+    edges = slice(int(round_.indptr[first]), int(round_.indptr[last]))
+    sources, weights = round_.sources[edges], round_.weights[edges]
+    indptr = (round_.indptr[first : last + 1] - round_.indptr[first]).astype(np.int64)
+    targets = np.repeat(np.arange(local, dtype=np.int64), np.diff(indptr))
+
+    here = (sources >= first) & (sources < last)
+    remote = np.unique(sources[~here])
+    columns = np.where(here, sources - first, local + np.searchsorted(remote, sources))
+    peers, counts = np.unique(placement.owner(remote), return_counts=True)
+
+    return ExchangePlan(
+        sends=_sends(round_, placement, process),
+        receives=tuple(zip(peers.tolist(), counts.tolist(), strict=True)),
+        num_received=len(remote),
+        terms=_with_self(round_.self_weight[first:last], indptr, columns, weights),
+        sources=sources,
+        columns=columns,
+        targets=targets,
+        weights=weights,
+        degree=np.bincount(round_.sources, minlength=round_.n)[first:last],
+    )
+
+
+def _sends(
+    round_: Round, placement: Placement, process: int
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    if placement.processes == 1:
+        return ()
+    ranks = placement.ranks(process)
+    all_targets = np.repeat(np.arange(round_.n), np.diff(round_.indptr))
+    mine = (round_.sources >= ranks.start) & (round_.sources < ranks.stop)
+    owners, rows = placement.owner(all_targets[mine]), round_.sources[mine] - ranks.start
+    away = owners != process
+    pairs = np.unique(np.stack([owners[away], rows[away]], axis=1), axis=0)
+    peers = np.unique(pairs[:, 0])
+    return tuple((int(p), tuple(pairs[pairs[:, 0] == p, 1].tolist())) for p in peers)
+
+
+def _with_self(
+    self_weight: np.ndarray, indptr: np.ndarray, columns: np.ndarray, weights: np.ndarray
+) -> Terms:
+    """Put the own row first in each sum; a zero weight is no edge."""
+    kept = np.flatnonzero(self_weight)
+    return Terms(
+        indptr=indptr + np.concatenate([[0], np.cumsum(self_weight != 0)]).astype(np.int64),
+        columns=np.insert(columns, indptr[kept], kept).astype(np.int64),
+        weights=np.insert(weights, indptr[kept], self_weight[kept]),
+    )

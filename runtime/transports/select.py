@@ -1,0 +1,115 @@
+"""Which transport: by name, or from how the program was started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.transports.base import Transport
+
+__all__ = ["TRANSPORTS", "Launcher", "detect_launcher", "open_transport", "world_size"]
+
+TRANSPORTS = ("auto", "stacked", "mpi", "gloo", "nccl")
+
+Launcher = Literal["torchrun", "mpi", "slurm", "none"]
+
+_MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
+
+
+def detect_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
+    """Say what started this process, from the variables it left.
+
+    ``torchrun`` (or anything that sets RANK and WORLD_SIZE) wins over ``mpi`` over ``slurm``: a
+    torchrun inside a SLURM step is torchrun's.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return "torchrun"
+    if any(name in environment for name in _MPI_SIZE):
+        return "mpi"
+    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return "slurm"
+    return "none"
+
+
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many processes the launcher started, as far as its variables say; 1 for none."""
+    names = {"torchrun": ("WORLD_SIZE",), "mpi": _MPI_SIZE, "slurm": ("SLURM_NTASKS",), "none": ()}
+    for name in names[detect_launcher(environment)]:
+        if name in environment:
+            return int(environment[name])
+    return 1
+
+
+def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport:
+    """Open the transport ``name``; ``auto`` follows the launcher.
+
+    Nothing launched: ``stacked``. torchrun: ``nccl`` where every process has a GPU, else ``gloo``.
+    mpirun: ``mpi``. srun: ``gloo`` or ``nccl`` from SLURM's variables.
+
+    Raises:
+        ConfigError: unknown name, or one that does not fit how the program was started.
+    """
+    launcher = detect_launcher()
+    if name not in TRANSPORTS:
+        raise ConfigError(f"transport: unknown transport '{name}'; use one of {list(TRANSPORTS)}")
+    if name == "auto":
+        name = {"none": "stacked", "mpi": "mpi"}.get(launcher, _torch_backend())
+    if name == "stacked":
+        from gossamer.runtime.transports.stacked import StackedTransport
+
+        if world_size() > 1:
+            raise ConfigError(
+                f"transport: stacked runs in one process, but {launcher} started {world_size()}; "
+                "use transport: auto"
+            )
+        return StackedTransport()
+    if name == "mpi":
+        from gossamer.runtime.transports.mpi import MPITransport
+
+        return MPITransport()
+    from gossamer.runtime.transports.torch_distributed import GlooTransport, NcclTransport
+
+    _set_torch_variables(launcher, name)
+    return (NcclTransport if name == "nccl" else GlooTransport)(timeout_s)
+
+
+def _torch_backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _set_torch_variables(launcher: Launcher, name: str) -> None:
+    """Give torch.distributed the variables it reads, from the launcher's own."""
+    if launcher == "none":
+        raise ConfigError(
+            f"transport: {name} needs several processes; start with torchrun or mpirun, or let "
+            "'gossamer run --processes N' start them"
+        )
+    if launcher == "mpi":
+        rank = _first("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+        local = _first("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", default="0")
+        size = str(world_size())
+    elif launcher == "slurm":
+        rank, size = os.environ["SLURM_PROCID"], os.environ["SLURM_NTASKS"]
+        local = os.environ.get("SLURM_LOCALID", "0")
+    else:
+        return
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        if variable not in os.environ:
+            raise ConfigError(
+                f"transport: {name} under {launcher} needs {variable} in the environment: "
+                "export MASTER_ADDR (the first node's name) and MASTER_PORT (a free port)"
+            )
+    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local)
+
+
+def _first(*names: str, default: str | None = None) -> str:
+    for name in names:
+        if name in os.environ:
+            return os.environ[name]
+    if default is not None:
+        return default
+    raise ConfigError(f"transport: none of {list(names)} is set; which process is this?")
