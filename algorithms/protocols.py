@@ -296,8 +296,12 @@ class Algorithm(Component, ABC):
     name: str = ""
     takes: ClassVar[frozenset[str]] = frozenset({"row"})
     """The forms of oracle it takes; another is made dense with a message, or refused."""
+    optional_optimizer: ClassVar[bool] = False
+    """Whether it runs with and without an ``optimizer`` section."""
+    objective: ClassVar[Literal["ranks", "examples"] | None] = None
+    """What f is under this algorithm when the user says nothing; None: the task's choice."""
     optimizer: Optimizer | None = Field(default=None, exclude=True)
-    """Filled from the section ``optimizer``; None where the algorithm has a rule of its own."""
+    """Filled from the section ``optimizer``; required where the rule leaves the update open."""
 
     @property
     def batches_per_step(self) -> int:

@@ -102,16 +102,16 @@ class Sampler:
         local = len(self._ranks)
         return [batches[k * local : (k + 1) * local] for k in range(count)]
 
-    def _draw(self, group: _Group, step: int, draw: int, count: int) -> Sequence[np.ndarray]:
+    def _draw(self, group: _Group, step: int, draw: int, count: int) -> list[np.ndarray]:
         """Return the places in the dataset of one draw, per rank of the group."""
         length, size = group.shards.shape[1], self._plan.batch_size
         if self._plan.sampling == "shuffle":
-            return self._shuffled(group, (step * count + draw) * size)
+            return list(self._shuffled(group, (step * count + draw) * size))
         stream = self._random.stream("data", group.ranks, step, draw)
         if self._plan.sampling == "replacement":
-            return group.take(stream.integers(length, size).numpy())
+            return list(group.take(stream.integers(length, size).numpy()))
         # 32-bit coins, rounded down: never more likely than the rate that privacy is counted for.
-        coins = stream.integers(2**32, length).numpy() < int(size / length * 2**32)
+        coins = stream.integers(2**32, length).numpy() < size * 2**32 // length
         return [shard[coin] for shard, coin in zip(group.shards, coins, strict=True)]
 
     def _shuffled(self, group: _Group, first: int) -> np.ndarray:
@@ -143,11 +143,11 @@ class Sampler:
         """Look all examples up at once, then cut them into one batch per element of ``places``."""
         flat = torch.from_numpy(np.concatenate(places))
         sizes = [len(p) for p in places]
-        columns = [flat.split(sizes)]
-        columns += [column.split(sizes) for column in cast(Dataset, self._problem.train)[flat]]
+        columns = [flat, *cast(Dataset, self._problem.train)[flat]]
+        parts = [torch.split(column, sizes) for column in columns]
         return [
             Batch(tuple(map(_aligned, inputs)), indices if self._plan.indices else None)
-            for indices, *inputs in zip(*columns, strict=True)
+            for indices, *inputs in zip(*parts, strict=True)
         ]
 
     def _check(self) -> None:

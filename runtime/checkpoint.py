@@ -8,6 +8,7 @@ of processes can read it, since a tensor's rows are found by rank.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -177,10 +178,10 @@ def _finish(
     scalars: Mapping[str, Scalar],
     meta: Mapping[str, Any],
 ) -> None:
-    starts = comm.placement.starts.tolist()
+    spans = itertools.pairwise(comm.placement.starts.tolist())
     files = [
         {"first": a, "last": b, "file": f"rows-{p:05d}.safetensors", "bytes": sizes[a]}
-        for p, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True))
+        for p, (a, b) in enumerate(spans)
     ]
     content = {"format": _FORMAT, "step": comm.step, "n": comm.n, **meta}
     content |= {"scalars": dict(scalars), "files": files}

@@ -30,7 +30,7 @@ _POLL_S = 1.0
 """How often, at most, the processes ask each other whether one was told to stop."""
 
 
-class Terminated(Exception):  # noqa: N818 - not an error
+class Terminated(Exception):
     """The run was told to stop; its state is saved if it has checkpoints."""
 
 

@@ -43,7 +43,7 @@ def restore(
     """
     for name, value, put in list(_leaves(state, prefix)):
         found: Any = tensors.get(name) if isinstance(value, Tensor) else scalars.get(name, _MISSING)
-        if found is None and isinstance(value, Tensor) or found is _MISSING:
+        if (found is None and isinstance(value, Tensor)) or found is _MISSING:
             raise ConfigError(
                 f"resume: the checkpoint has no '{name}'; it was written by another algorithm, "
                 "optimizer or model; resume with the configuration of its run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Mapping
 from typing import Literal
 
@@ -11,7 +12,14 @@ import torch
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.transports.base import Transport
 
-__all__ = ["TRANSPORTS", "Launcher", "detect_launcher", "open_transport", "world_size"]
+__all__ = [
+    "TRANSPORTS",
+    "Launcher",
+    "detect_launcher",
+    "open_transport",
+    "process_index",
+    "world_size",
+]
 
 TRANSPORTS = ("auto", "stacked", "mpi", "gloo", "nccl")
 
@@ -97,6 +105,10 @@ def _set_torch_variables(launcher: Launcher, name: str) -> None:
         local = os.environ.get("SLURM_LOCALID", "0")
     else:
         return
+    if launcher == "slurm":
+        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+        # One port per job, the same on every node without asking anyone.
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         if variable not in os.environ:
             raise ConfigError(
@@ -104,6 +116,28 @@ def _set_torch_variables(launcher: Launcher, name: str) -> None:
                 "export MASTER_ADDR (the first node's name) and MASTER_PORT (a free port)"
             )
     os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local)
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]
+    shown = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    )
+    return shown.stdout.split()[0]
+
+
+def process_index(environment: Mapping[str, str] = os.environ) -> int:
+    """Return which process this is, as far as the launcher's variables say; 0 for none."""
+    names = {
+        "torchrun": ("RANK",),
+        "mpi": ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"),
+        "slurm": ("SLURM_PROCID",),
+        "none": (),
+    }
+    for name in names[detect_launcher(environment)]:
+        if name in environment:
+            return int(environment[name])
+    return 0
 
 
 def _first(*names: str, default: str | None = None) -> str:

@@ -28,7 +28,8 @@ class StackedTransport:
 
     def exchange(self, sends: Transfers, receives: Transfers, operation: str) -> Pending:
         """There is no other process to exchange with."""
-        assert not (sends or receives), f"{operation}: one process has no peers"
+        transfers = [*sends, *receives]
+        assert not transfers, f"{operation}: one process has no peers"
         return _Done()
 
     def close(self) -> None:

@@ -50,19 +50,21 @@ def _explain(
 class TorchTransport:
     """The processes of a torch.distributed job (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
+    GOSSAMER_RENDEZVOUS, where set, is the meeting place instead (``file://...``, ``tcp://...``).
+
     Joins the default process group when the program has one, else makes it. Transfers go through a
     group of their own, so that they never mix with the user's collectives.
     """
 
     name = "gloo"
 
-    def __init__(self, timeout_s: float, init_method: str | None = None) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._owns_default = not dist.is_initialized()
         if self._owns_default:
             dist.init_process_group(
                 self.name,
-                init_method=init_method,
+                init_method=os.environ.get("GOSSAMER_RENDEZVOUS"),
                 rank=int(os.environ["RANK"]),
                 world_size=int(os.environ["WORLD_SIZE"]),
                 timeout=self._timeout,

@@ -1,0 +1,1 @@
+"""Oracles, algorithms, optimizers and tasks, one folder per family."""

@@ -1,0 +1,114 @@
+"""A training program: task, oracle and algorithm put together, ready for the loop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.algorithms.evaluation import Evaluator
+from gossamer.algorithms.protocols import Algorithm, Metrics, Oracle, Problem
+from gossamer.algorithms.sampling import Sampler
+from gossamer.runtime import Communicator
+from gossamer.runtime.state import Scalar, flatten, restore
+
+__all__ = ["TrainingProgram"]
+
+_ORACLE = "oracle/"
+_STATE = "state/"
+
+
+class TrainingProgram:
+    """What the loop drives when a model is trained.
+
+    Attributes:
+        state: the algorithm's.
+        rounds_per_step: the algorithm's.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        problem: Problem,
+        oracle: Oracle,
+        algorithm: Algorithm,
+        evaluator_options: Mapping[str, Any] | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Set the oracle up and start the algorithm at x0.
+
+        Args:
+            comm: the ranks.
+            problem: the task, built for ``comm.n`` ranks.
+            oracle: the outermost one.
+            algorithm: who averages what with whom.
+            evaluator_options: for ``Evaluator``.
+            start: parameters by name to start from instead of the module's own.
+        """
+        self.comm, self.problem, self.oracle, self.algorithm = comm, problem, oracle, algorithm
+        plan = oracle.setup(comm, problem)
+        self.layout = oracle.layout
+        self.rounds_per_step = algorithm.rounds_per_step
+        self._sampler = Sampler(problem, plan, comm.ranks, comm.seed.value)
+        x = comm.alloc(self.layout.d, self.layout.dtype)
+        if start is None:
+            x[:] = self.layout.gather(problem.module, torch.empty_like(x[0]))
+        else:
+            for s, view in zip(self.layout.slices, self.layout.views(x[0]), strict=True):
+                view.copy_(start[s.name])
+            x[:] = x[0].clone()
+        self.state = algorithm.init(comm, oracle, x, self._batches())
+        self._evaluator = Evaluator(comm, oracle, problem, **(evaluator_options or {}))
+
+    def step(self) -> Metrics:
+        """Draw the batches of this step and make it."""
+        return self.algorithm.step(self.comm, self.oracle, self.state, self._batches())
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Return loss, accuracy, gradient norm and consensus of the whole run."""
+        return self._evaluator.evaluate(self.state.x)
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Scalar]]:
+        """Return the algorithm's and the oracle's state."""
+        tensors, scalars = flatten(self.state)
+        named = {_STATE + name: tensor for name, tensor in tensors.items()}
+        named |= {_ORACLE + name: tensor for name, tensor in self.oracle.state_dict().items()}
+        return named, scalars
+
+    def restore(self, tensors: dict[str, Tensor], scalars: dict[str, Scalar]) -> None:
+        """Take back what ``snapshot`` returned (rows of the hosted ranks)."""
+        state = {k.removeprefix(_STATE): v for k, v in tensors.items() if k.startswith(_STATE)}
+        restore(self.state, state, scalars)
+        oracle = {k.removeprefix(_ORACLE): v for k, v in tensors.items() if k.startswith(_ORACLE)}
+        self.oracle.load_state_dict(oracle)
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the mean of the parameters over ranks, by name."""
+        row = self.comm.all_reduce(self.state.x, "mean", count=False)[0]
+        views = self.layout.views(row)
+        return {s.name: view for s, view in zip(self.layout.slices, views, strict=True)}
+
+    def signature(self) -> list[list[Any]]:
+        """Return name and shape of every parameter: what a checkpoint must agree with."""
+        return [[s.name, list(s.shape)] for s in self.layout.slices]
+
+    def parameters_sha256(self) -> str:
+        """Return the SHA-256 over the SHA-256 digests of the ranks' parameters, in rank order.
+
+        Padding is skipped; two runs agree to the bit exactly if these agree.
+        """
+        digests = [
+            hashlib.sha256(
+                self.layout.values(row).contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            ).digest()
+            for row in self.state.x
+        ]
+        local = torch.tensor([list(d) for d in digests], dtype=torch.uint8)
+        rows = self.comm.all_gather(local.to(self.comm.device), count=False).cpu()
+        return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+
+    def _batches(self) -> Any:
+        return self._sampler.batches(self.comm.step, self.algorithm.batches_per_step)

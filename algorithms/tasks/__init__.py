@@ -1,0 +1,1 @@
+"""Tasks: models, their data split over ranks, and their metrics. One file per concept."""

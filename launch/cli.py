@@ -1,0 +1,71 @@
+"""The command line: one function per verb, each a thin door to a module that does the work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from gossamer.launch.status import exit_status
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Decentralized and data-parallel training on any graph, from a laptop to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a field: -s algorithm.c=2."),
+]
+
+
+@app.command()
+def run(
+    file: Annotated[Path | None, typer.Argument(help="YAML; not needed with --resume.")] = None,
+    settings: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(help="Nodes of the graph.")] = None,
+    transport: Annotated[str | None, typer.Option(help="auto, stacked, mpi, gloo or nccl.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Local processes to start.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write [runs/NAME-001].")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run or checkpoint to continue.")] = None,
+) -> int:
+    """Train: one run, or the several of a file's 'compare'."""
+    from gossamer.launch.start import start_run
+
+    options = {"ranks": ranks, "transport": transport, "processes": processes}
+    return start_run(file, settings or [], options, out, resume)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the YAML file, for editors to complete."""
+    from gossamer.launch.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(exit_status(_invoke))
+
+
+def _invoke() -> int:
+    try:
+        result = app(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except click.Abort:
+        return 1
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,263 @@
+"""The configuration of a run: the sections of the YAML file, checked before anything starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, Strict, create_model
+
+from gossamer import topologies
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, Task
+from gossamer.algorithms.registry import find
+from gossamer.runtime.component import Component, validate
+from gossamer.runtime.errors import ConfigError, nearest
+from gossamer.topologies import Topology
+
+__all__ = ["Experiment", "RunConfig", "apply_overrides", "load_yaml", "merge", "resolve"]
+
+Int = Annotated[int, Strict()]
+Section = dict[str, Any]
+C = TypeVar("C", bound=Component)
+
+
+class RunConfig(Component):
+    """One run, as written in YAML."""
+
+    task: Section
+    """A model and its data: {name: digits, model: mlp, heterogeneity: sorted}."""
+    oracle: Section | list[Section | str] = Field(default_factory=lambda: {"name": "backprop"})
+    """Where gradients come from; a list stacks oracles, the outermost last."""
+    optimizer: Section | None = None
+    """The local update, with its learning rate and schedule: {name: sgd, lr: 0.1}."""
+    algorithm: Section
+    """Who averages what with whom: {name: d-nasa}."""
+    topology: Section = Field(default_factory=lambda: {"name": "ring"})
+    """The graph, or schedule of graphs: {name: ring, weights: metropolis}."""
+    ranks: Annotated[Int, Field(ge=1)] | None = None
+    """Nodes of the graph, spread evenly over the processes; default: one per process."""
+    steps: Annotated[Int, Field(ge=1)]
+    """Steps to run; one step is one round."""
+    seed: Int = 0
+    """Of every counted random number."""
+    transport: Literal["auto", "stacked", "mpi", "gloo", "nccl"] = "auto"
+    """How bytes move; auto follows how the program was started."""
+    processes: Annotated[Int, Field(ge=1)] | None = None
+    """Local processes to start when nothing launched the program; default: 1."""
+    threads: Annotated[Int, Field(ge=1)] = 1
+    """CPU threads per process; the bits of a run are those of its number of threads."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """Bound of every wait for another process, in seconds."""
+    log_every: Annotated[Int, Field(ge=1)] = 10
+    """Steps between two lines of metrics.jsonl."""
+    evaluate_every: Annotated[Int, Field(ge=1)] | None = None
+    """Steps between evaluations; default: a tenth of the run, on a multiple of log_every."""
+    evaluate_examples: Annotated[Int, Field(ge=1)] | None = None
+    """At most this many examples per rank in an evaluation; default: all."""
+    checkpoint_every: Annotated[Int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0: at the end, and when told to stop."""
+    keep_checkpoints: Annotated[Int, Field(ge=1)] = 2
+    """How many of the latest checkpoints stay."""
+    trace: bool = False
+    """Write trace.json, a Chrome trace with a lane per process and kind of work."""
+    tensorboard: bool = False
+    """Write TensorBoard event files beside metrics.jsonl."""
+    compare: dict[str, dict[str, Any]] | None = None
+    """Several runs of one file: name -> fields that differ; each in a folder of its own."""
+
+
+class Experiment:
+    """A configuration whose names are classes: everything checked that needs no data.
+
+    Attributes:
+        config: as validated.
+        n: number of ranks.
+    """
+
+    def __init__(self, config: RunConfig, n: int) -> None:
+        self.config, self.n = config, n
+        self.task = _component("task", config.task, Task)
+        optimizer = config.optimizer
+        self.optimizer = _component("optimizer", optimizer, Optimizer) if optimizer else None
+        self.algorithm = self._algorithm()
+        self.topology: Topology = self.algorithm.adapt(build_topology(config.topology, n))
+
+    def oracle(self) -> Oracle:
+        """Return a fresh oracle (it holds the state of one run)."""
+        section = self.config.oracle
+        if isinstance(section, list):
+            if len(section) != 1:
+                raise ConfigError(
+                    f"oracle: a list stacks oracles, innermost first; got {len(section)} entries "
+                    "and no oracle here wraps another; give one"
+                )
+            section = section[0] if isinstance(section[0], dict) else {"name": section[0]}
+        if self.algorithm.objective is not None and section.get("objective", "auto") == "auto":
+            section = {**section, "objective": self.algorithm.objective}
+        return _component("oracle", section, Oracle)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every field with its default filled in, for config.yaml."""
+        resolved = self.config.model_dump(exclude_none=True)
+        resolved["ranks"] = self.n
+        resolved["task"] = self.task.model_dump(exclude_none=True)
+        resolved["algorithm"] = self.algorithm.model_dump(exclude_none=True)
+        resolved["oracle"] = self.oracle().model_dump(exclude_none=True)
+        if self.optimizer is not None:
+            resolved["optimizer"] = self.optimizer.model_dump(exclude_none=True)
+        for kind in ("task", "oracle", "optimizer", "algorithm"):
+            given = getattr(self.config, kind)
+            if isinstance(given, dict) and ":" in str(given.get("name", "")):
+                resolved[kind]["name"] = given["name"]  # a user's own class, by its path
+        return resolved
+
+    def _algorithm(self) -> Algorithm:
+        section = self.config.algorithm
+        cls = _class_of("algorithm", section, Algorithm)
+        wants = cls.model_fields["optimizer"].is_required()
+        if wants and self.optimizer is None:
+            raise ConfigError(
+                f"optimizer: {section['name']} makes local updates and needs one; "
+                "add 'optimizer: {name: sgd, lr: 0.1}'"
+            )
+        if self.optimizer is not None and not wants and not cls.optional_optimizer:
+            raise ConfigError(
+                f"optimizer: {section['name']} has an update rule of its own, the section would "
+                "have no effect; remove it"
+            )
+        values = {k: v for k, v in section.items() if k != "name" or ":" not in str(v)}
+        if "optimizer" in values:
+            raise ConfigError("algorithm.optimizer: write 'optimizer:' beside 'algorithm:'")
+        return validate(cls, {**values, "optimizer": self.optimizer}, "algorithm")
+
+
+def resolve(values: Mapping[str, Any]) -> RunConfig:
+    """Validate the sections of one run.
+
+    Raises:
+        ConfigError: field, value and fix.
+    """
+    return validate(RunConfig, dict(values), "")
+
+
+def _class_of(kind: str, section: Section, base: type[C]) -> type[C]:
+    if "name" not in section:
+        raise ConfigError(f"{kind}.name: missing; write '{kind}: {{name: ...}}'")
+    cls = find(kind, str(section["name"]))
+    if not issubclass(cls, base):
+        raise ConfigError(f"{kind}.name: {section['name']} is not a {base.__name__}")
+    return cls
+
+
+def _component(kind: str, section: Section, base: type[C]) -> C:
+    cls = _class_of(kind, section, base)
+    values = dict(section)
+    if ":" in str(values["name"]):
+        del values["name"]  # a user's own class; its path is not one of its fields
+    elif isinstance(values["name"], str):
+        values["name"] = values["name"].replace("_", "-")
+    return validate(cls, values, kind)
+
+
+# --- topologies: plain functions, whose signature is their configuration ----------------------
+
+
+def topology_model(name: str) -> type[BaseModel]:
+    """Return the record of a topology's parameters, from its function's signature."""
+    if name not in topologies.factories:
+        offer = nearest(name, topologies.factories)
+        raise ConfigError(f"topology.name: unknown topology '{name}'{offer}")
+    fields: dict[str, Any] = {}
+    for function in (topologies.factories[name], topologies.build):
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            if parameter.name in ("n", "name") or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            default = ... if parameter.default is parameter.empty else parameter.default
+            annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
+            fields.setdefault(parameter.name, (annotation, default))
+    return create_model(f"topology_{name}", __base__=Component, **fields)
+
+
+def build_topology(section: Section, n: int) -> Topology:
+    """Build the topology of a section for n ranks.
+
+    Raises:
+        ConfigError: unknown name or field, wrong type.
+        TopologyError: the graph cannot be built, or is not fit for averaging.
+    """
+    if "name" not in section:
+        raise ConfigError("topology.name: missing; write 'topology: {name: ring}'")
+    values = {k: v for k, v in section.items() if k != "name"}
+    name = str(section["name"]).replace("-", "_")
+    model = validate(topology_model(name), values, "topology")
+    given = {key: getattr(model, key) for key in values}
+    return topologies.build(name, n, **given)
+
+
+# --- YAML and overrides -----------------------------------------------------------------------
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file safely.
+
+    Raises:
+        ConfigError: missing, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"file: cannot read {path} ({reason}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"file: {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"file: {path} holds {type(values).__name__}, not 'key: value' lines")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Return ``values`` with each ``a.b=c`` applied; c is read as YAML.
+
+    Raises:
+        ConfigError: an override without '=', or a path through something that is no section.
+    """
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"-s {override}: write KEY=VALUE, for example -s steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"-s {override}: '{text}' is not YAML: {error}") from None
+        nested: Any = value
+        for key in reversed(path.split(".")):
+            nested = {key: nested}
+        values = _override(values, nested, path)
+    return values
+
+
+def _override(values: dict[str, Any], change: dict[str, Any], path: str) -> dict[str, Any]:
+    result = dict(values)
+    for key, value in change.items():
+        if isinstance(value, dict) and result.get(key) is not None:
+            if not isinstance(result[key], dict):
+                raise ConfigError(f"-s {path}: '{key}' is {result[key]!r}, not a section")
+            result[key] = _override(result[key], value, path)
+        else:
+            result[key] = value
+    return result
+
+
+def merge(values: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` changed: a section that names a component replaces the old one whole."""
+    result = dict(values)
+    for key, value in change.items():
+        old = result.get(key)
+        if isinstance(value, Mapping) and isinstance(old, dict) and "name" not in value:
+            result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result

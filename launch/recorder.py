@@ -1,0 +1,123 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard events, a progress line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.loop import Record
+
+__all__ = ["Recorder"]
+
+_PLAIN_EVERY_S = 5.0
+
+
+class Recorder:
+    """Takes the records of one run on process 0; on the others it takes and drops them.
+
+    Lines are flushed as they come, so that what was logged survives a kill.
+    """
+
+    def __init__(
+        self, folder: Path, title: str, steps: int, *, leader: bool, tensorboard: bool
+    ) -> None:
+        self._folder, self._title, self._steps, self._leader = folder, title, steps, leader
+        self._file: IO[str] | None = None
+        self._board: Any = None
+        self._progress: Progress | None = None
+        self._spoke = 0.0
+        self._wants_board = tensorboard
+        self.last: Record = {}
+
+    def __enter__(self) -> Recorder:
+        if not self._leader:
+            return self
+        self._file = (self._folder / "metrics.jsonl").open("a")
+        if self._wants_board:
+            self._board = _open_tensorboard(self._folder)
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(self._title, total=self._steps, figures="")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        for stream in (self._file, self._board):
+            if stream is not None:
+                stream.close()
+        if self._progress is not None:
+            self._progress.stop()
+
+    def log(self, record: Record) -> None:
+        """Write one record."""
+        self.last = {**self.last, **record}
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+        self._show(int(record["step"]))
+
+    def truncate(self, step: int) -> None:
+        """Drop the lines after ``step``: a resumed run writes them again."""
+        path = self._folder / "metrics.jsonl"
+        if not self._leader or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that a kill cut short
+                break
+            if record["step"] > step:
+                break
+            kept.append(line + "\n")
+        path.write_text("".join(kept))
+
+    def _show(self, step: int) -> None:
+        figures = "  ".join(
+            f"{name} {self.last[name]:.4g}"
+            for name in ("loss", "accuracy", "grad_norm", "consensus")
+            if name in self.last
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, figures=figures)
+        elif time.monotonic() - self._spoke > _PLAIN_EVERY_S or step == self._steps:
+            self._spoke = time.monotonic()
+            line = f"{self._title}  step {step}/{self._steps}  {figures}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _open_tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"tensorboard: not installed ({error}); pip install 'gossamer[tensorboard]', or "
+            "tensorboard: false"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]

@@ -1,0 +1,86 @@
+"""From the command line to running processes: read, check, then start what nothing else started."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from gossamer.launch.config import Experiment, RunConfig, apply_overrides, load_yaml
+from gossamer.launch.run import Request, execute, execute_in_child, ranks_of, variants_of
+from gossamer.runtime.checkpoint import Checkpoint
+from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.transports.select import detect_launcher
+
+__all__ = ["start_run"]
+
+
+def start_run(
+    file: Path | None,
+    settings: list[str],
+    options: dict[str, Any],
+    out: Path | None,
+    resume: Path | None,
+) -> int:
+    """Run ``file``; starts local processes when nothing launched this one and several are asked.
+
+    Args:
+        file: YAML; None: the configuration of the run that is resumed.
+        settings: overrides, ``a.b=c``.
+        options: fields given as options of their own; None where not given.
+        out: folder to write.
+        resume: run folder or checkpoint to go on from.
+
+    Raises:
+        ConfigError: what is wrong, before any process starts.
+    """
+    values = load_yaml(_file_of(file, resume))
+    values = apply_overrides(values, settings)
+    values |= {key: value for key, value in options.items() if value is not None}
+    title = file.stem if file is not None else "resumed"
+    request = Request(values, title, out, resume)
+    if detect_launcher() != "none":
+        return execute(request)
+    runs = variants_of(values)
+    first = next(iter(runs.values()))
+    count = _process_count(first)
+    if count == 1:
+        return execute(request)
+    # All that one process can find wrong is found here, before there are several.
+    for config in runs.values():
+        n = config.ranks or count
+        Experiment(config, n).task.build(n, config.seed)
+    if resume is not None:
+        Checkpoint.open(resume)
+    if first.transport == "mpi":
+        from gossamer.launch.processes import run_mpi
+
+        return run_mpi(count, sys.argv[1:])
+    from gossamer.launch.processes import run_processes
+
+    return run_processes(count, execute_in_child, request)
+
+
+def _file_of(file: Path | None, resume: Path | None) -> Path:
+    if file is not None:
+        return file
+    if resume is None:
+        raise ConfigError("file: missing; write 'gossamer run FILE'")
+    folder = Checkpoint.open(resume).folder.parent.parent
+    return folder / "config.yaml"
+
+
+def _process_count(config: RunConfig) -> int:
+    if config.transport == "stacked" or (config.transport == "auto" and config.processes is None):
+        if config.processes not in (None, 1):
+            raise ConfigError(
+                f"processes: transport stacked is one process, got {config.processes}; "
+                "use transport: gloo or mpi"
+            )
+        return 1
+    count = config.processes or ranks_of(config)
+    if config.ranks is not None and count > config.ranks:
+        raise ConfigError(
+            f"processes: {count} processes for {config.ranks} ranks; at most one per rank"
+        )
+    return count

@@ -1,0 +1,51 @@
+"""Exit statuses: 0 done, 2 the configuration is wrong, 143 saved and ended, 1 anything else."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from gossamer.launch.agreement import SilencedError
+from gossamer.runtime.errors import CommError, ConfigError
+from gossamer.runtime.loop import Terminated
+from gossamer.runtime.transports.select import detect_launcher, process_index, world_size
+from gossamer.topologies import TopologyError
+
+__all__ = ["exit_status"]
+
+
+def exit_status(action: Callable[[], int]) -> int:
+    """Run ``action`` and return the exit status; a failure is printed, and ends an MPI world."""
+    try:
+        return action()
+    except SilencedError:
+        return 2
+    except (ConfigError, TopologyError) as error:
+        print(f"gossamer: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Terminated as note:
+        if process_index() == 0:
+            print(f"gossamer: {note}", file=sys.stderr, flush=True)
+        return 143
+    except CommError as error:
+        print(f"gossamer: process {process_index()}: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("GOSSAMER_TRACEBACK"):
+            traceback.print_exc()
+        return _abort()
+    except Exception:
+        print(f"gossamer: process {process_index()} failed", file=sys.stderr)
+        traceback.print_exc()
+        return _abort()
+
+
+def _abort() -> int:
+    """End every process of an MPI world; elsewhere the launcher or the parent ends the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if detect_launcher() == "mpi" and world_size() > 1 and "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
+    if world_size() > 1:
+        os._exit(1)  # destructors of a broken process group may wait for ever
+    return 1
