@@ -142,13 +142,14 @@ class Sampler:
     def _fetch(self, places: list[np.ndarray]) -> list[Batch]:
         """Look all examples up at once, then cut them into one batch per element of ``places``."""
         flat = torch.from_numpy(np.concatenate(places))
+        columns = cast(Dataset, self._problem.train)[flat]
+        if self._plan.indices:
+            columns = (*columns, flat)
         sizes = [len(p) for p in places]
-        columns = [flat, *cast(Dataset, self._problem.train)[flat]]
-        parts = [torch.split(column, sizes) for column in columns]
-        return [
-            Batch(tuple(map(_aligned, inputs)), indices if self._plan.indices else None)
-            for indices, *inputs in zip(*parts, strict=True)
-        ]
+        cut = [map(_aligned, torch.split(column, sizes)) for column in columns]
+        if not self._plan.indices:
+            return [Batch(inputs) for inputs in zip(*cut, strict=True)]
+        return [Batch(tuple(inputs), last) for *inputs, last in zip(*cut, strict=True)]
 
     def _check(self) -> None:
         plan = self._plan

@@ -36,9 +36,10 @@ class Custom(Task):
                 f"task.build: {self.function} must return a gossamer.algorithms.protocols.Problem, "
                 f"got {type(problem).__name__}"
             )
-        if len(problem.shards) != n:
+        expected = 0 if hasattr(problem.train, "draw") else n
+        if len(problem.shards) != expected:
             raise ConfigError(
-                f"task.build: {self.function} must return one shard per rank, {n}, got "
-                f"{len(problem.shards)} (empty ones for a stream)"
+                f"task.build: {self.function} must return {expected} shards (one per rank, or none "
+                f"for a stream), got {len(problem.shards)}"
             )
         return problem
