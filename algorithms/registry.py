@@ -13,10 +13,26 @@ from gossamer.runtime.errors import ConfigError, nearest
 __all__ = ["REGISTRY", "find", "import_object"]
 
 REGISTRY: dict[str, dict[str, str]] = {
-    "task": {},
+    "task": {
+        "breast-cancer": "tasks.bundled:BreastCancer",
+        "custom": "tasks.custom:Custom",
+        "digits": "tasks.bundled:Digits",
+        "least-squares": "tasks.least_squares:LeastSquares",
+        "wine": "tasks.bundled:Wine",
+    },
     "oracle": {"backprop": "oracles.backprop:Backprop"},
-    "optimizer": {},
-    "algorithm": {},
+    "optimizer": {
+        "sgd": "optimizers.sgd:SGD",
+        "momentum": "optimizers.sgd:Momentum",
+        "adam": "optimizers.adam:Adam",
+        "adamw": "optimizers.adam:AdamW",
+    },
+    "algorithm": {
+        "d-nasa": "decentralized.dnasa:DNASA",
+        "dsgd": "decentralized.dsgd:DSGD",
+        "all-reduce": "decentralized.all_reduce:AllReduce",
+        "gradient-tracking": "decentralized.gradient_tracking:GradientTracking",
+    },
 }
 """kind -> name -> ``module:Class`` below ``gossamer.algorithms``."""
 
