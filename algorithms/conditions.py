@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 from gossamer.runtime.errors import ConfigError
 from gossamer.topologies import Topology
 
 __all__ = [
     "LAMBDA_MIN_TOLERANCE",
+    "Lazy",
+    "lazy_above",
     "require_column_stochastic",
     "require_doubly_stochastic",
+    "require_lambda_min",
     "require_static",
     "require_symmetric",
 ]
@@ -18,6 +22,9 @@ __all__ = [
 log = logging.getLogger("gossamer")
 
 LAMBDA_MIN_TOLERANCE = 1e-6
+
+Lazy = Literal["auto", "always", "never"]
+"""When to run on (I + W) / 2: where the condition asks for it, always, or never (then refuse)."""
 
 
 def require_doubly_stochastic(algorithm: str, topology: Topology) -> Topology:
@@ -60,3 +67,47 @@ def require_column_stochastic(algorithm: str, topology: Topology) -> Topology:
             "row-stochastic; use weights: push_sum"
         )
     return topology
+
+
+def require_lambda_min(algorithm: str, topology: Topology, bound: float) -> Topology:
+    """Refuse a symmetric W whose smallest eigenvalue is not above ``bound``."""
+    lambda_min = topology.lambda_min()
+    if lambda_min <= bound + LAMBDA_MIN_TOLERANCE:
+        raise ConfigError(
+            f"topology: {algorithm} needs lambda_min(W) > {bound:.3g}, but {topology.name} of "
+            f"{topology.n} ranks has {lambda_min:.4f}; use weights: metropolis, which keep a share "
+            "of every rank's own value"
+        )
+    return topology
+
+
+def lazy_above(algorithm: str, topology: Topology, bound: float, lazy: Lazy) -> Topology:
+    """Return the topology, or its lazy form (I + W) / 2, so that lambda_min is above ``bound``.
+
+    Args:
+        algorithm: for the message.
+        topology: symmetric.
+        bound: what the algorithm's convergence asks of lambda_min.
+        lazy: ``auto``: the given W if it qualifies, else the lazy one with a warning; ``always``:
+            the lazy one; ``never``: the given W.
+
+    Raises:
+        ConfigError: ``never``, and lambda_min is below the bound.
+    """
+    if lazy == "always":
+        return topology.lazy()
+    lambda_min = topology.lambda_min()
+    if lazy == "never":
+        if lambda_min < bound - LAMBDA_MIN_TOLERANCE:
+            raise ConfigError(
+                f"algorithm.lazy: {algorithm} diverges unless lambda_min(W) > {bound:.4f}, but "
+                f"{topology.name} of {topology.n} ranks has {lambda_min:.4f}; use lazy: auto"
+            )
+        return topology
+    if lambda_min > bound + LAMBDA_MIN_TOLERANCE:
+        return topology
+    log.warning(
+        "%s runs on (I + W) / 2: it needs lambda_min(W) > %.4f, and %s of %d ranks has %.4f",
+        algorithm, bound, topology.name, topology.n, lambda_min,
+    )  # fmt: skip
+    return topology.lazy()

@@ -1,0 +1,55 @@
+"""All-reduce SGD: synchronous data-parallel training, the reference of every other method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Optimizer, Oracle
+from gossamer.runtime import Communicator
+from gossamer.topologies import Topology
+
+__all__ = ["AllReduce"]
+
+
+@dataclass
+class AllReduceState:
+    """Attributes: x, the (local, d) parameters, equal rows; optimizer, its own state."""
+
+    x: Tensor
+    optimizer: Any
+
+
+class AllReduce(Algorithm):
+    """All-reduce SGD (DDP): every rank steps along the mean gradient of all ranks.
+
+    g = mean_i g_i(x); x -= lr * direction(g), with any local optimizer. The sum runs in ascending
+    rank, so the rows stay equal to the bit. The graph is not used; 2 (n - 1) / n d elements a step.
+    """
+
+    objective: ClassVar[Literal["ranks", "examples"] | None] = "examples"
+    name: Literal["all-reduce"] = "all-reduce"
+    optimizer: Optimizer = Field(exclude=True)
+    """The local update; any optimizer."""
+
+    def adapt(self, topology: Topology) -> Topology:
+        """Take any graph: it is not used."""
+        return topology
+
+    def init(
+        self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches
+    ) -> AllReduceState:
+        """Start at x, the optimizer at rest."""
+        return AllReduceState(x=x, optimizer=self.optimizer.init(x))
+
+    def step(
+        self, comm: Communicator, oracle: Oracle, state: AllReduceState, batches: Batches
+    ) -> Metrics:
+        """One gradient, one all-reduce of d elements."""
+        estimate = oracle(state.x, batches[0])
+        mean = comm.all_reduce(estimate.grad, "mean").expand_as(state.x)
+        self.optimizer.update_(state.optimizer, state.x, mean, comm)
+        return {"loss": estimate.loss, **estimate.metrics}
