@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from gossamer.algorithms.optimizers.sgd import Momentum
 from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 
@@ -23,18 +24,34 @@ class DSGDState:
 
 
 class DSGD(Algorithm):
-    """Decentralized SGD: step locally, average with the neighbours.
+    """Decentralized SGD: step locally, average with the neighbours (arXiv:1705.09056).
 
     ``atc`` (adapt then combine): x = W(x - lr * g(x)). ``cta`` (combine then adapt): x = W x - lr *
-    g(x) with the gradient at the unmixed x, so that mixing overlaps the gradient. With a constant
-    rate and different data on the ranks both stop at a distance ~ (lr rho / (1 - rho))^2 from
-    consensus. With ``optimizer: momentum`` this is DmSGD.
+    g(x) with the gradient at the unmixed x, so that mixing overlaps the gradient. W must be doubly
+    stochastic. With a constant rate and different data on the ranks both stop at a distance ~ (lr
+    rho / (1 - rho))^2 from consensus.
+
+    With ``optimizer: momentum`` this is DmSGD (or DSGDm-N, with ``nesterov``), and the distance
+    grows like 1 / (1 - beta)^2. ``mix_momentum``: m = W(beta m + g); x = W x - lr m.
     """
 
     name: Literal["dsgd"] = "dsgd"
     order: Literal["atc", "cta"] = "atc"
     """Which comes first: adapt (the local step) or combine (the average)."""
+    mix_momentum: bool = False
+    """Average the momentum too, a second message of d: needs order: cta, optimizer: momentum."""
     optimizer: Optimizer = Field(exclude=True)
+    """The local update; any optimizer."""
+
+    @model_validator(mode="after")
+    def _check_mixed_momentum(self) -> Self:
+        plain = isinstance(self.optimizer, Momentum) and not self.optimizer.nesterov
+        if self.mix_momentum and not (plain and self.order == "cta"):
+            raise ValueError(
+                "mix_momentum: averages the heavy-ball momentum beside x; it needs order: cta and "
+                "optimizer: {name: momentum} without nesterov"
+            )
+        return self
 
     def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> DSGDState:
         """Start at x, the optimizer at rest."""
@@ -50,8 +67,10 @@ class DSGD(Algorithm):
             self.optimizer.update_(state.optimizer, x, estimate.grad, comm)
             comm.neighbor_average(x, out=x)
         else:
-            mixed = comm.neighbor_average_async(x)  # x is only read meanwhile
-            estimate = oracle(x, batches[0])
+            mixing = comm.neighbor_average_async(x)
+            estimate = oracle(x, batches[0])  # while x travels
             direction = self.optimizer.direction(state.optimizer, x, estimate.grad, comm.step)
-            combine([(1.0, mixed.wait()), (-self.optimizer.rate(comm), direction)], out=x)
+            if self.mix_momentum:
+                comm.neighbor_average(direction, out=direction)  # it is the momentum's own row
+            combine([(1.0, mixing.wait()), (-self.optimizer.rate(comm), direction)], out=x)
         return {"loss": estimate.loss, **estimate.metrics}
