@@ -14,6 +14,7 @@ __all__ = [
     "lazy_above",
     "require_column_stochastic",
     "require_doubly_stochastic",
+    "require_own_weight",
     "require_lambda_min",
     "require_static",
     "require_symmetric",
@@ -75,8 +76,8 @@ def require_lambda_min(algorithm: str, topology: Topology, bound: float) -> Topo
     if lambda_min <= bound + LAMBDA_MIN_TOLERANCE:
         raise ConfigError(
             f"topology: {algorithm} needs lambda_min(W) > {bound:.3g}, but {topology.name} of "
-            f"{topology.n} ranks has {lambda_min:.4f}; use weights: metropolis, which keep a share "
-            "of every rank's own value"
+            f"{topology.n} ranks has {lambda_min:.4f}; use topology: {{lazy: true}}, "
+            "or weights: metropolis, which keep a share of every rank's own value"
         )
     return topology
 
@@ -111,3 +112,15 @@ def lazy_above(algorithm: str, topology: Topology, bound: float, lazy: Lazy) -> 
         algorithm, bound, topology.name, topology.n, lambda_min,
     )  # fmt: skip
     return topology.lazy()
+
+
+def require_own_weight(algorithm: str, topology: Topology) -> Topology:
+    """Refuse a W(t) with a zero on the diagonal: every rank must keep a share of its own value."""
+    for t in range(topology.num_described):
+        empty = (topology.round(t).self_weight <= 0).nonzero()[0]
+        if len(empty):
+            raise ConfigError(
+                f"topology: {algorithm} needs w_ii > 0, but rank {empty[0]} keeps nothing in round "
+                f"{t} of {topology.name}; use weights: push_sum, or the lazy form of W"
+            )
+    return topology

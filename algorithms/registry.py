@@ -32,6 +32,18 @@ REGISTRY: dict[str, dict[str, str]] = {
         "dsgd": "decentralized.dsgd:DSGD",
         "all-reduce": "decentralized.all_reduce:AllReduce",
         "gradient-tracking": "decentralized.gradient_tracking:GradientTracking",
+        "qg-dsgdm": "decentralized.quasi_global:QGDSGDm",
+        "qg-adam": "decentralized.quasi_global:QGAdam",
+        "decentlam": "decentralized.decentlam:DecentLaM",
+        "momentum-tracking": "decentralized.momentum_tracking:MomentumTracking",
+        "edm": "decentralized.d2:EDM",
+        "d2": "decentralized.d2:D2",
+        "extra": "decentralized.extra:Extra",
+        "k-gt": "decentralized.kgt:KGT",
+        "mt-dsgt": "decentralized.mt_dsgt:MTDSGT",
+        "official-dsgd": "decentralized.dnasa_baselines:OfficialDSGD",
+        "official-dsgt": "decentralized.dnasa_baselines:OfficialDSGT",
+        "d-asagt": "decentralized.dnasa_baselines:DASAGT",
     },
 }
 """kind -> name -> ``module:Class`` below ``gossamer.algorithms``."""
