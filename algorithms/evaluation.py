@@ -1,0 +1,256 @@
+"""How good a run is at a moment: figures of the mean row, of each rank's row, and their distance.
+
+Every rank evaluates its own part and the parts are added in rank order, so that the figures do not
+depend on how ranks are split over processes. Nothing here counts as the run's traffic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.algorithms.oracles.buffers import BufferRows
+from gossamer.algorithms.protocols import Dataset, Oracle, Problem, Stream
+from gossamer.algorithms.tasks.arrays import TensorDataset
+from gossamer.runtime.collectives import RankGroup
+from gossamer.runtime.random import derive_key
+from gossamer.runtime.rows import empty_rows, row_dot, row_norm
+
+__all__ = ["Evaluator"]
+
+_STREAM_EXAMPLES = 1024
+"""Fresh examples per rank that stand for the objective of a stream."""
+
+Part = tuple[Dataset, np.ndarray]
+"""Examples to evaluate: a dataset and int64 places in it."""
+
+
+class Evaluator:
+    """Computes the figures of a run that need more than a step's batch.
+
+    The module is in evaluation mode meanwhile (no dropout; batch normalisation by running averages:
+    of the mean row, those are the means over ranks) and is bound again to what it was bound to.
+    """
+
+    def __init__(
+        self,
+        comm: RankGroup,
+        oracle: Oracle,
+        problem: Problem,
+        *,
+        objective: Literal["ranks", "examples"] | None = None,
+        examples: int | None = None,
+        per_rank: bool = True,
+        rank_grad_norm: bool = False,
+        chunk: int = 512,
+        seed: int = 0,
+    ) -> None:
+        """Get ready to evaluate; every process passes the same arguments.
+
+        Args:
+            comm: how ranks talk.
+            oracle: after ``setup``; gives the layout of a row, and the ranks' ``buffers`` where it
+                keeps some.
+            problem: the module, the data, the loss and the score.
+            objective: f, the mean of the ranks' f_i or the mean over examples; the problem's own
+                when None.
+            examples: at most so many of each shard and of the test set, evenly spaced over it; None
+                for all (for 1,024 per rank where the task is a stream).
+            per_rank: evaluate every rank's own row too.
+            rank_grad_norm: compute the gradient of f at every rank's row too: n times the work.
+            chunk: examples of one forward pass at most.
+            seed: of a stream's examples, which differ from those of the training.
+        """
+        self._comm, self._layout, self._problem = comm, oracle.layout, problem
+        self._buffers: BufferRows | None = getattr(oracle, "buffers", None)
+        self._objective = objective or problem.objective
+        self._examples, self._chunk = examples, chunk
+        self._per_rank, self._rank_grad_norm = per_rank, rank_grad_norm
+        self._stream_seed = derive_key(seed, "evaluation")
+        self._score_names: list[str] = []
+        if problem.score is not None:
+            dataset, places = self._shard(comm.ranks.start)
+            with self._evaluating(), torch.no_grad():
+                scores = problem.score(problem.module, self._look_up(dataset, places[:1]))
+            self._score_names = list(scores)
+
+    def evaluate(self, x: Tensor) -> dict[str, float]:
+        """Return the figures at ``x``, the same on every process.
+
+        - ``loss``, ``grad_norm``: f and |grad f| at the mean row, over the training examples.
+        - ``consensus``: sqrt(sum_i |x_i - mean|^2 / n).
+        - ``test_loss``: the loss of the mean row on the test set, where there is one.
+        - ``accuracy`` (or what the task's score is called): of the mean row on the test set, or on
+          the training examples where there is none.
+        - ``rank_loss``, ``worst_rank_loss``, ``rank_accuracy``, ``worst_rank_accuracy``: mean and
+          worst over ranks of what each one's own row does on the whole test set.
+        - ``perplexity``: exp(test_loss), or of the loss, where that is a mean over tokens.
+        - ``rank_grad_norm``: the mean over ranks of |grad f(x_i)|.
+
+        Args:
+            x: (local, d), the hosted ranks' parameters; kept.
+        """
+        comm, problem = self._comm, self._problem
+        with self._evaluating():
+            self._bind_mean_buffers()
+            mean = comm.all_reduce(x, op="mean", count=False)
+            figures, grad_norm = self._objective_at(mean)
+            figures |= {"grad_norm": grad_norm, "consensus": self._distance(x, mean)}
+            if self._rank_grad_norm:
+                rows = comm.all_gather(x, count=False)
+                norms = [self._objective_at(row[None])[1] for row in rows]
+                figures["rank_grad_norm"] = sum(norms) / comm.n
+            if problem.test is not None:
+                figures |= self._test_at(problem.test, mean)
+                if self._per_rank:
+                    figures |= self._test_by_rank(problem.test, x)
+        if problem.weigh is not Problem.weigh:  # not by examples, so by tokens
+            nats = figures.get("test_loss", figures["loss"])
+            figures["perplexity"] = torch.tensor(nats, dtype=torch.float64).exp().item()
+        return figures
+
+    # --- figures ----------------------------------------------------------------------------
+
+    def _objective_at(self, point: Tensor) -> tuple[dict[str, float], float]:
+        """Return f and the score at ``point`` (1, d), and the norm of the gradient of f there."""
+        comm, layout = self._comm, self._layout
+        grads = empty_rows(comm.local, layout.d, layout.dtype, point.device)
+        sums = []
+        for rank, grad in zip(comm.ranks, grads, strict=True):
+            layout.bind(self._problem.module, point[0], grad)
+            sums.append(self._sums(self._shard(rank), backward=True))
+        weight, table = self._table(sums)
+        if self._objective == "ranks":
+            share = 1 / weight
+        else:
+            share = (comm.n / comm.all_reduce(weight, count=False)).expand_as(weight)
+        # Now row i is rank i's term of a mean over ranks: f_i, or n N_i / N f_i.
+        gradient = comm.all_reduce(grads.mul_(share.to(grads)), op="mean", count=False)
+        means = comm.all_reduce(table * share, op="mean", count=False)
+        return self._named(means[0]), float(row_norm(gradient))
+
+    def _test_at(self, test: Dataset, mean: Tensor) -> dict[str, float]:
+        """Return the figures of the mean row: rank i evaluates the i-th part of the test set."""
+        comm = self._comm
+        parts = np.array_split(self._test_places(test), comm.n)
+        self._layout.bind(self._problem.module, mean[0])
+        weight, table = self._table([self._sums((test, parts[rank])) for rank in comm.ranks])
+        weight, table = (comm.all_reduce(t, count=False) for t in (weight, table))
+        figures = self._named((table / weight)[0])
+        return {"test_loss": figures.pop("loss"), **figures}
+
+    def _test_by_rank(self, test: Dataset, x: Tensor) -> dict[str, float]:
+        """Return mean and worst of what each rank's own row does on the whole test set."""
+        places, sums = self._test_places(test), []
+        for i, row in enumerate(x):
+            self._layout.bind(self._problem.module, row)
+            if self._buffers is not None:
+                self._buffers.bind(i)
+            sums.append(self._sums((test, places)))
+        weight, table = self._table(sums)
+        rows = self._comm.all_gather(table / weight, count=False)
+        mean, high, low = (
+            self._named(t) for t in (rows.mean(dim=0), rows.amax(dim=0), rows.amin(dim=0))
+        )
+        figures = {f"rank_{name}": value for name, value in mean.items()}
+        for name in mean:
+            figures[f"worst_rank_{name}"] = (high if name == "loss" else low)[name]
+        return figures
+
+    def _distance(self, x: Tensor, mean: Tensor) -> float:
+        apart = x - mean
+        squares = self._comm.all_reduce(row_dot(apart, apart), count=False)
+        return math.sqrt(squares.item() / self._comm.n)
+
+    # --- sums over examples -----------------------------------------------------------------
+
+    def _sums(self, part: Part, backward: bool = False) -> list[float]:
+        """Return [weight, loss, *score] summed over ``part``; gradients add to the bound row."""
+        problem, (dataset, places) = self._problem, part
+        sums = [0.0] * (2 + len(self._score_names))
+        for begin in range(0, len(places), self._chunk):
+            inputs = self._look_up(dataset, places[begin : begin + self._chunk])
+            weight = problem.weigh(inputs)
+            with torch.set_grad_enabled(backward):
+                loss = problem.loss(problem.module, inputs) * weight
+                if backward:
+                    loss.backward()  # type: ignore[no-untyped-call]  # torch's
+            terms = [weight, loss.item()]
+            if problem.score is not None:
+                with torch.no_grad():
+                    scores = problem.score(problem.module, inputs)
+                terms += [scores[name].item() for name in self._score_names]
+            sums = [a + b for a, b in zip(sums, terms, strict=True)]
+        return sums
+
+    def _table(self, sums: list[list[float]]) -> tuple[Tensor, Tensor]:
+        """Return the weights (local, 1) and the other sums (local, k), float64."""
+        table = torch.tensor(sums, dtype=torch.float64, device=self._comm.device)
+        return table[:, :1].contiguous(), table[:, 1:].contiguous()
+
+    def _named(self, values: Tensor) -> dict[str, float]:
+        return dict(zip(["loss", *self._score_names], values.tolist(), strict=True))
+
+    # --- examples ---------------------------------------------------------------------------
+
+    def _shard(self, rank: int) -> Part:
+        """Return the training examples that stand for f_i of ``rank``."""
+        if hasattr(self._problem.train, "draw"):
+            count = self._examples or _STREAM_EXAMPLES
+            stream = cast(Stream, self._problem.train)
+            drawn = TensorDataset(stream.draw(self._stream_seed, rank, 0, 0, count))
+            return drawn, np.arange(count)
+        shard = self._problem.shards[rank]
+        return self._problem.train, _spread(shard, self._examples)
+
+    def _test_places(self, test: Dataset) -> np.ndarray:
+        return _spread(np.arange(len(test)), self._examples)
+
+    def _look_up(self, dataset: Dataset, places: np.ndarray) -> tuple[Tensor, ...]:
+        return tuple(t.to(self._comm.device) for t in dataset[torch.from_numpy(places)])
+
+    # --- the module -------------------------------------------------------------------------
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Put the module in evaluation mode; give mode, tensors and gradients back afterwards."""
+        module = self._problem.module
+        modes = [(m, m.training) for m in module.modules()]
+        bound = [(t, t.data, t.grad) for t in (*module.parameters(), *module.buffers())]
+        module.eval()
+        try:
+            yield
+        finally:
+            for tensor, data, grad in bound:
+                tensor.data, tensor.grad = data, grad
+            for m, mode in modes:
+                m.training = mode
+
+    def _bind_mean_buffers(self) -> None:
+        """Make the module's floating buffers the means over the ranks' ones."""
+        buffers = [b for b in self._problem.module.buffers() if b.is_floating_point()]
+        if self._buffers is None or not buffers:
+            return
+        rows = []
+        for i in range(self._comm.local):
+            self._buffers.bind(i)
+            # float64: the mean of equal float32 buffers (masks, frequencies) is that buffer.
+            rows.append(torch.cat([b.double().flatten() for b in buffers]))
+        mean = self._comm.all_reduce(torch.stack(rows), op="mean", count=False)[0]
+        for buffer, values in zip(
+            buffers, torch.split(mean, [b.numel() for b in buffers]), strict=True
+        ):
+            buffer.data = values.view_as(buffer).to(buffer.dtype)
+
+
+def _spread(places: np.ndarray, most: int | None) -> np.ndarray:
+    """Return at most ``most`` of ``places``, evenly spaced: sorted shards keep their classes."""
+    if most is None or len(places) <= most:
+        return places
+    return places[np.arange(most) * len(places) // most]
