@@ -14,10 +14,13 @@ __all__ = ["REGISTRY", "find", "import_object"]
 
 REGISTRY: dict[str, dict[str, str]] = {
     "task": {
+        "a9a": "tasks.svmlight:A9A",
         "breast-cancer": "tasks.bundled:BreastCancer",
         "custom": "tasks.custom:Custom",
         "digits": "tasks.bundled:Digits",
         "least-squares": "tasks.least_squares:LeastSquares",
+        "mnist": "tasks.mnist:MNIST",
+        "svmlight": "tasks.svmlight:SVMLight",
         "wine": "tasks.bundled:Wine",
     },
     "oracle": {"backprop": "oracles.backprop:Backprop"},
@@ -44,6 +47,18 @@ REGISTRY: dict[str, dict[str, str]] = {
         "official-dsgd": "decentralized.dnasa_baselines:OfficialDSGD",
         "official-dsgt": "decentralized.dnasa_baselines:OfficialDSGT",
         "d-asagt": "decentralized.dnasa_baselines:DASAGT",
+        "sgp": "decentralized.sgp:SGP",
+        "push-diging": "decentralized.push_diging:PushDIGing",
+        "choco": "decentralized.choco:Choco",
+        "deepsqueeze": "decentralized.deepsqueeze:DeepSqueeze",
+        "local-sgd": "decentralized.local_sgd:LocalSGD",
+        "slowmo": "decentralized.slowmo:SlowMo",
+        "diloco": "decentralized.diloco:DiLoCo",
+        "gt-hsgd": "decentralized.gt_hsgd:GTHSGD",
+        "damsgrad": "decentralized.damsgrad:DAMSGrad",
+        "ad-psgd": "decentralized.ad_psgd:ADPSGD",
+        "dnsgd": "decentralized.dnsgd:DNSGD",
+        "gt-nsgdm": "decentralized.gt_nsgdm:GTNSGDm",
     },
 }
 """kind -> name -> ``module:Class`` below ``gossamer.algorithms``."""
