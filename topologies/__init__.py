@@ -16,6 +16,7 @@ from gossamer.topologies.errors import (
     TopologyWeightError,
 )
 from gossamer.topologies.hierarchical import HierarchicalTopology
+from gossamer.topologies.planner import Method, Plan, plan
 from gossamer.topologies.registry import build, factories, names, nearest
 from gossamer.topologies.round import Round
 from gossamer.topologies.spectrum import Spectrum, spectrum
@@ -27,6 +28,8 @@ __all__ = [
     "CecaRound",
     "HierarchicalTopology",
     "Kind",
+    "Method",
+    "Plan",
     "Round",
     "Spectrum",
     "Topology",
@@ -43,5 +46,6 @@ __all__ = [
     "factories",
     "names",
     "nearest",
+    "plan",
     "spectrum",
 ]

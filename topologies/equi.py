@@ -134,10 +134,16 @@ def greedy_heads(n: int, shift: int) -> Ints:
     The scan in closed form: blocks of ``width`` ranks are matched and skipped in turn.
     """
     width = min(shift, n - shift)
-    limit = n - shift if shift <= n // 2 else shift
-    ranks = np.arange(limit)
+    ranks = np.arange(max(shift, n - shift))
     heads: Ints = ranks[ranks // width % 2 == 0]
     return heads
+
+
+def _num_heads(n: int, shifts: Ints) -> Ints:
+    """Return how many pairs `greedy_heads` finds, for each shift."""
+    width, limit = np.minimum(shifts, n - shifts), np.maximum(shifts, n - shifts)
+    pairs: Ints = limit // (2 * width) * width + np.minimum(limit % (2 * width), width)
+    return pairs
 
 
 def _mean_of_shifts(n: int, draw: np.random.Generator, m: int, directed: bool) -> Round:
@@ -163,10 +169,10 @@ def _rho_ms(n: int, shifts: Ints, exchange: float, directed: bool) -> float:
     if directed:
         mean[shifts] = 1 / len(shifts)
     else:
-        for shift in shifts.tolist():
-            share = len(greedy_heads(n, shift)) / (n * len(shifts))
-            np.add.at(mean, [shift, n - shift, 0], [share, share, -2 * share])
-        mean[0] += 1
+        share = _num_heads(n, shifts) / (n * len(shifts))
+        mean[shifts] += share
+        mean[n - shifts] += share
+        mean[0] += 1 - 2 * share.sum()
     symmetric_part = np.fft.fft(mean).real[1:].max()
     square = (1 - exchange) ** 2 + exchange**2 + 2 * exchange * (1 - exchange) * symmetric_part
     return float(np.sqrt(max(square, 0.0)))

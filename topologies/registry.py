@@ -185,7 +185,7 @@ def _checked_params(factory: Callable[..., Topology], params: dict[str, Any]) ->
     for key, parameter in inspect.signature(factory).parameters.items():
         if parameter.default is parameter.empty and key != "n" and key not in params:
             raise TopologyParameterError(
-                f"topology.{key}: {factory.__name__} cannot do without it; give {_spelled(hints[key])}"
+                f"topology.{key}: '{factory.__name__}' needs {_spelled(hints[key])} here"
             )
     return params
 
