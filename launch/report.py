@@ -9,8 +9,8 @@ from rich.table import Table
 
 from gossamer.launch.report_page import render_page
 from gossamer.launch.report_runs import (
-    COLUMNS,
     RunRecord,
+    columns_of,
     format_value,
     read_runs,
     table_row,
@@ -32,7 +32,7 @@ def write_report(folders: list[Path], path: Path) -> None:
     Raises:
         ConfigError: a folder is missing or incomplete; nothing is written.
     """
-    page = render_page(read_runs(folders))
+    page = render_page(read_runs(folders), title=path.parent.resolve().name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
 
@@ -51,7 +51,7 @@ def finish(root: Path, folders: list[Path]) -> None:
 def print_table(runs: list[RunRecord]) -> None:
     """Print the summaries of ``runs`` as one table."""
     rows = [table_row(run) for run in runs]
-    shown = [column for column in COLUMNS if any(row[column] is not None for row in rows)]
+    shown = columns_of(rows)
     table = Table()
     for column in shown:
         text = column in ("run", "algorithm", "topology")

@@ -11,7 +11,15 @@ import yaml
 
 from gossamer.runtime.errors import ConfigError
 
-__all__ = ["COLUMNS", "RunRecord", "format_value", "read_runs", "table_row"]
+__all__ = [
+    "COLUMNS",
+    "RunRecord",
+    "columns_of",
+    "format_bytes",
+    "format_value",
+    "read_runs",
+    "table_row",
+]
 
 Figure = float | int
 
@@ -29,7 +37,7 @@ COLUMNS = (
     "seconds",
     "parameters_sha256",
 )
-"""Of the table that compares runs; what no run has is left out where the table is shown."""
+"""Of the table that compares runs; the README and --json use the same words."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,6 @@ class RunRecord:
     config: dict[str, Any]
     records: list[dict[str, Figure]]
     summary: dict[str, Any]
-
-    def series(self, figure: str, against: str = "step") -> tuple[list[Figure], list[Figure]]:
-        """Return the points (``against``, ``figure``) of the lines that have both."""
-        both = [r for r in self.records if figure in r and (against in r or r["step"] == 0)]
-        # The line of step 0 is written before anything was sent or timed.
-        return [r.get(against, 0) for r in both], [r[figure] for r in both]
 
     def figures(self) -> set[str]:
         """Return the names of all figures that were logged."""
@@ -88,6 +90,11 @@ def table_row(run: RunRecord) -> dict[str, Any]:
     return {column: row.get(column) for column in COLUMNS}
 
 
+def columns_of(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the columns to show: those that some row has a value for."""
+    return [column for column in COLUMNS if any(row[column] is not None for row in rows)]
+
+
 def format_value(column: str, value: Any) -> str:
     """Return a figure as people read it: 3 to 4 digits, bytes in their unit, a short hash."""
     if value is None:
@@ -95,7 +102,7 @@ def format_value(column: str, value: Any) -> str:
     if column == "parameters_sha256":
         return str(value)[:12]
     if column.startswith("bytes"):
-        return _format_bytes(value)
+        return format_bytes(value)
     if column.startswith("seconds"):
         return f"{value:.1f}"
     if isinstance(value, float):
@@ -103,7 +110,8 @@ def format_value(column: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _format_bytes(value: float) -> str:
+def format_bytes(value: float) -> str:
+    """Return a number of bytes in a decimal unit, to 3 digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 1000:
             return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
