@@ -21,6 +21,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "least-squares": "tasks.least_squares:LeastSquares",
         "mnist": "tasks.mnist:MNIST",
         "svmlight": "tasks.svmlight:SVMLight",
+        "text": "tasks.text:Text",
         "wine": "tasks.bundled:Wine",
     },
     "oracle": {"backprop": "oracles.backprop:Backprop"},
