@@ -1,3 +1,48 @@
 """Gossamer: a communication runtime for decentralized and data-parallel training."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, Task
+    from gossamer.launch.attach import attach, init
+    from gossamer.runtime import Communicator, combine, row_norm
+    from gossamer.topologies import Topology
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Algorithm",
+    "Communicator",
+    "Optimizer",
+    "Oracle",
+    "Task",
+    "Topology",
+    "__version__",
+    "attach",
+    "combine",
+    "init",
+    "row_norm",
+]
+
+# Imported when asked for: `gossamer topology list` need not wait for torch.
+_HOME = {
+    "Algorithm": "gossamer.algorithms.protocols",
+    "Communicator": "gossamer.runtime",
+    "Optimizer": "gossamer.algorithms.protocols",
+    "Oracle": "gossamer.algorithms.protocols",
+    "Task": "gossamer.algorithms.protocols",
+    "Topology": "gossamer.topologies",
+    "attach": "gossamer.launch.attach",
+    "combine": "gossamer.runtime",
+    "init": "gossamer.launch.attach",
+    "row_norm": "gossamer.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,425 @@
+"""For training loops that exist already: ``gossamer.init`` and ``gossamer.attach``.
+
+    import gossamer
+    comm = gossamer.init(topology="exponential")
+    optimizer = gossamer.attach(model, torch.optim.AdamW(model.parameters()), algorithm="dsgd")
+
+The loop stays as it was: ``optimizer.step()`` becomes one step of the algorithm, with the gradients
+that ``loss.backward()`` left and the torch optimizer as the local update.
+"""
+
+from __future__ import annotations
+
+import atexit
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from gossamer.algorithms.protocols import (
+    Algorithm,
+    Batches,
+    DataPlan,
+    Estimate,
+    Optimizer,
+    Oracle,
+    Problem,
+    RankBatches,
+    Sink,
+)
+from gossamer.algorithms.registry import find
+from gossamer.launch.config import build_topology
+from gossamer.runtime import Communicator, ConfigError, RowLayout, open_transport
+from gossamer.runtime.component import validate
+from gossamer.runtime.state import flatten, restore
+from gossamer.runtime.transports.select import world_size
+from gossamer.topologies import Topology
+
+__all__ = ["Attachment", "attach", "init"]
+
+Buffers = Literal["keep", "average", "refuse"]
+
+_NO_BATCHES: Batches = ((),)
+"""The loop of the user's own draws the data; the one batch of a step is empty."""
+
+_default: Communicator | None = None
+
+
+def init(
+    topology: str | Mapping[str, Any] | Topology = "exponential",
+    *,
+    transport: str = "auto",
+    seed: int = 0,
+    timeout_s: float = 300.0,
+) -> Communicator:
+    """Join the run that torchrun, mpirun or srun started; one rank per process.
+
+    Args:
+        topology: a name, a section as in YAML ({"name": "base", "k": 1}), or a Topology.
+        transport: ``auto`` follows the launcher; see ``open_transport``.
+        seed: of the counted random numbers.
+        timeout_s: bound of every wait for another process.
+
+    Returns:
+        The communicator; ``attach`` uses it unless it is given another.
+
+    Raises:
+        ConfigError: a name is unknown, or the topology does not fit the number of processes.
+    """
+    global _default  # noqa: PLW0603 - the one run of this process
+    graph = _topology(topology, world_size())
+    opened = open_transport(transport, timeout_s=timeout_s)
+    _default = Communicator(graph, opened, seed=seed, timeout_s=timeout_s)
+    atexit.register(_default.close)
+    return _default
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    algorithm: str | Mapping[str, Any] = "dsgd",
+    topology: str | Mapping[str, Any] | Topology | None = None,
+    *,
+    comm: Communicator | None = None,
+    every: int = 1,
+    buffers: Buffers = "keep",
+) -> torch.optim.Optimizer:
+    """Turn ``optimizer.step()`` into one step of a decentralized algorithm.
+
+    Parameters move into one flat row per dtype (their ``.data`` become views; frozen ones stay where
+    they are, tied ones appear once) and start equal to rank 0's. Schedulers, gradient accumulation,
+    clipping and loss scaling work as before: the object returned is the one given. Where the
+    algorithm makes the local step from another direction (a tracked gradient, D-NASA's normalised
+    average) the torch optimizer gets that direction in place of the gradient; with
+    ``SGD(lr=1.0)`` D-NASA is exact.
+
+    Args:
+        model: holds every parameter of ``optimizer``.
+        optimizer: any torch optimizer; any number of groups.
+        algorithm: a name, or a section as in YAML ({"name": "d-nasa", "c": 0.5}).
+        topology: as in ``init``; needed where ``init`` was not called.
+        comm: what ``init`` returned, where there are several.
+        every: average on every k-th ``step()`` only; those between are the optimizer's own.
+        buffers: ``keep`` each rank's own, ``average`` the floating-point ones over the graph with
+            the parameters, or ``refuse`` a model that has any.
+
+    Returns:
+        ``optimizer``; ``optimizer.gossamer`` is the ``Attachment``.
+
+    Raises:
+        ConfigError: the algorithm needs what a loop of one's own cannot give (gradients at other
+            points, several batches a step), the model has buffers to refuse, or trainable
+            parameters that the optimizer does not hold.
+    """
+    if comm is None:
+        comm = _default if topology is None else None
+    if comm is None:
+        if topology is None:
+            raise ConfigError("attach: no topology; call gossamer.init first, or give topology=...")
+        comm = init(topology)
+    attachment = Attachment(model, optimizer, algorithm, comm, every, buffers)
+
+    def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        attachment.step()
+        return loss
+
+    # A bound method: learning-rate schedulers wrap ``step.__func__``.
+    optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+    optimizer.gossamer = attachment  # type: ignore[attr-defined]
+    return optimizer
+
+
+class Attachment:
+    """A model and its optimizer under an algorithm.
+
+    Attributes:
+        comm: the ranks, on the topology that the algorithm runs on.
+        parts: one per dtype of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        algorithm: str | Mapping[str, Any],
+        comm: Communicator,
+        every: int,
+        buffers: Buffers,
+    ) -> None:
+        if every < 1:
+            raise ConfigError(f"attach: every must be at least 1, got {every}")
+        if comm.local != 1:
+            raise ConfigError(f"attach: one rank per process, this one hosts {comm.local}")
+        _check_parameters(model, optimizer)
+        self._model, self._every, self._calls = model, every, 0
+        self._local_step = optimizer.step
+        self._buffers = _float_buffers(model, buffers)
+        section = {"name": algorithm} if isinstance(algorithm, str) else dict(algorithm)
+        dtypes = {p.dtype: None for p in model.parameters() if p.requires_grad}
+        layouts = [RowLayout(model, dtype) for dtype in dtypes]
+        rules = [_algorithm(section, optimizer, model, layout) for layout in layouts]
+        graph = rules[0].adapt(comm.topology)
+        if graph is not comm.topology:
+            comm = Communicator(
+                graph, comm.transport, seed=comm.seed.value, timeout_s=comm.timeout_s
+            )
+        self.comm = comm
+        self.parts = [
+            _Part(model, layout, rule, comm) for layout, rule in zip(layouts, rules, strict=True)
+        ]
+
+    def step(self) -> None:
+        """Make one step: the algorithm's, or between two rounds the optimizer's own."""
+        self._calls += 1
+        if self._calls % self._every:
+            self._local_step()
+            return
+        for part in self.parts:
+            part.collect()
+        for part in self.parts:
+            part.step()
+        if self._buffers:
+            self._average_buffers()
+        self.comm.step += 1
+        self.comm.round += self.parts[0].algorithm.rounds_per_step
+
+    def consensus(self) -> float:
+        """Return sqrt(mean over ranks of ||x_i - mean||^2); every rank calls it."""
+        total = 0.0
+        for part in self.parts:
+            x = part.state.x
+            away = x - self.comm.all_reduce(x, "mean", count=False)
+            squared = (away.double() ** 2).sum(dim=1, keepdim=True)
+            total += float(self.comm.all_reduce(squared, "mean", count=False))
+        return float(total**0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the algorithm keeps beside the parameters: save it with the optimizer's."""
+        parts = []
+        for part in self.parts:
+            tensors, scalars = flatten(part.state)
+            parts.append(
+                {"tensors": {k: t.clone() for k, t in tensors.items()}, "scalars": scalars}
+            )
+        return {
+            "step": self.comm.step,
+            "round": self.comm.round,
+            "calls": self._calls,
+            "parts": parts,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` returned, the parameters included."""
+        self.comm.step, self.comm.round = state["step"], state["round"]
+        self._calls = state["calls"]
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            restore(part.state, saved["tensors"], saved["scalars"])
+
+    def _average_buffers(self) -> None:
+        flat = torch.cat([b.detach().reshape(-1).float() for b in self._buffers])[None]
+        mixed = self.comm.neighbor_average(flat)[0]
+        for buffer, values in zip(
+            self._buffers, mixed.split([b.numel() for b in self._buffers]), strict=True
+        ):
+            buffer.copy_(values.view(buffer.shape))
+
+
+class _Part:
+    """The parameters of one dtype: a row, its gradients, and the algorithm's state."""
+
+    def __init__(
+        self, model: nn.Module, layout: RowLayout, algorithm: Algorithm, comm: Communicator
+    ) -> None:
+        self.algorithm, self._comm, self._layout = algorithm, comm, layout
+        self._parameters = layout.parameters(model)
+        self._model = model
+        self.grad = comm.alloc(layout.d, layout.dtype)
+        x = comm.alloc(layout.d, layout.dtype)
+        layout.gather(model, x[0])
+        x.copy_(comm.broadcast(x, root=0, count=False))
+        self._oracle = _GivenGradient()
+        self._oracle.give(self)
+        self.state = algorithm.init(comm, self._oracle, x, _NO_BATCHES)
+        self._bind()
+
+    @property
+    def layout(self) -> RowLayout:
+        """How the parameters lie in the row."""
+        return self._layout
+
+    def collect(self) -> None:
+        """Copy the gradients that ``backward`` left into the gradient row."""
+        for p, view in zip(self._parameters, self._layout.views(self.grad[0]), strict=True):
+            if p.grad is None:
+                view.zero_()
+            elif p.grad.data_ptr() != view.data_ptr():
+                view.copy_(p.grad)
+
+    def step(self) -> None:
+        """Make one step of the algorithm."""
+        given = [p.grad for p in self._parameters]
+        with torch.no_grad():
+            self.algorithm.step(self._comm, self._oracle, self.state, _NO_BATCHES)
+        self._bind()
+        for p, grad in zip(self._parameters, given, strict=True):
+            p.grad = grad  # the user's, for logging, until zero_grad
+
+    def _bind(self) -> None:
+        for p, view in zip(self._parameters, self._layout.views(self.state.x[0]), strict=True):
+            p.data = view
+
+
+class _GivenGradient(Oracle):
+    """The gradient that the user's own ``backward`` computed; at the current point only."""
+
+    _part: Any = PrivateAttr()
+
+    def give(self, part: _Part) -> None:
+        self._part = part
+
+    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
+        raise AssertionError("a loop of one's own draws its own batches")
+
+    @property
+    def layout(self) -> RowLayout:
+        layout: RowLayout = self._part.layout
+        return layout
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+        sink: Sink | None = None,
+    ) -> Estimate:
+        if combine is not None or x.data_ptr() != self._part.state.x.data_ptr():
+            raise ConfigError(
+                "attach: this algorithm needs gradients at other points than the model's own; "
+                "run it from YAML, or choose dsgd, gradient-tracking or d-nasa (grad_point: old)"
+            )
+        unknown = torch.full((1,), float("nan"), dtype=torch.float64)
+        return Estimate(loss=unknown, grad=self._part.grad, weight=torch.ones_like(unknown))
+
+    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
+        raise AssertionError("the loss stays in the user's loop")
+
+
+class _TorchOptimizer(Optimizer):
+    """A torch optimizer as the local update of one row."""
+
+    lr: float = 1.0
+    _torch: Any = PrivateAttr()
+    _step: Any = PrivateAttr()
+    _parameters: Any = PrivateAttr()
+    _layout: Any = PrivateAttr()
+
+    def wrap(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], layout: RowLayout
+    ) -> None:
+        self._torch, self._step = optimizer, optimizer.step
+        self._parameters, self._layout = parameters, layout
+
+    def init(self, x: Tensor) -> None:
+        """Keep no state: the torch optimizer has its own."""
+
+    def rate(self, comm: Communicator) -> float:
+        """Return the learning rate of the first group, as a scheduler left it."""
+        return float(self._torch.param_groups[0]["lr"])
+
+    def direction(self, state: None, x: Tensor, grad: Tensor, step: int) -> Tensor:
+        """Return (x - x after the optimizer's step) / lr; x is put back."""
+        before = x.clone()
+        self._move(x, grad)
+        moved = (before - x) / float(self._torch.param_groups[0]["lr"])
+        x.copy_(before)
+        return moved
+
+    def update_(self, state: None, x: Tensor, grad: Tensor, comm: Communicator) -> Tensor:
+        """Let the torch optimizer step in place with ``grad`` as the gradient."""
+        self._move(x, grad)
+        return x
+
+    def _move(self, x: Tensor, grad: Tensor) -> None:
+        mine = {id(p) for p in self._parameters}
+        others = [p for group in self._torch.param_groups for p in group["params"]]
+        aside = [(p, p.grad) for p in others if id(p) not in mine]
+        for p, _ in aside:
+            p.grad = None  # rows of other dtypes step by themselves; None is skipped
+        views = zip(
+            self._parameters, self._layout.views(x[0]), self._layout.views(grad[0]), strict=True
+        )
+        for p, value, g in views:
+            p.data, p.grad = value, g
+        self._step()
+        for p, g in aside:
+            p.grad = g
+
+
+def _algorithm(
+    section: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    layout: RowLayout,
+) -> Algorithm:
+    cls = find("algorithm", str(section["name"]))
+    assert issubclass(cls, Algorithm), cls
+    local = _TorchOptimizer()
+    local.wrap(optimizer, layout.parameters(model), layout)
+    values = {k: v for k, v in section.items() if k != "name"}
+    try:
+        rule = validate(cls, {**values, "optimizer": local}, "attach: algorithm")
+    except ConfigError as error:
+        if "optimizer" not in str(error):
+            raise
+        raise ConfigError(
+            f"attach: {section['name']} fixes the local update and takes plain SGD only, not "
+            f"{type(optimizer).__name__}; run it from YAML, or choose dsgd or gradient-tracking"
+        ) from None
+    if rule.batches_per_step != 1:
+        raise ConfigError(
+            f"attach: {section['name']} takes {rule.batches_per_step} batches a step; "
+            "use dsgd with every=K for local steps"
+        )
+    return rule
+
+
+def _topology(topology: str | Mapping[str, Any] | Topology, n: int) -> Topology:
+    if isinstance(topology, Topology):
+        return topology
+    return build_topology({"name": topology} if isinstance(topology, str) else dict(topology), n)
+
+
+def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for key, name in names.items() if key not in held]
+    if missing:
+        raise ConfigError(
+            f"attach: the optimizer does not hold trainable parameters {missing[:3]}; give it "
+            "model.parameters(), or freeze them (requires_grad_(False))"
+        )
+    foreign = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    if any(id(p) not in names for p in foreign):
+        raise ConfigError("attach: the optimizer holds trainable parameters of another model")
+
+
+def _float_buffers(model: nn.Module, buffers: Buffers) -> list[Tensor]:
+    found = dict(model.named_buffers())
+    if buffers == "refuse" and found:
+        raise ConfigError(
+            f"attach: the model has buffers ({next(iter(found))}, ...); use buffers='keep' or "
+            "'average', or normalisation without statistics (GroupNorm)"
+        )
+    if buffers not in ("keep", "average", "refuse"):
+        raise ConfigError(f"attach: buffers must be keep, average or refuse, got {buffers!r}")
+    if buffers != "average":
+        return []
+    return [b for b in found.values() if b.is_floating_point()]
