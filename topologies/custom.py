@@ -101,6 +101,16 @@ def custom(
     return topology
 
 
+def num_nodes(source: str, directed: bool | None = None) -> int:
+    """Return how many nodes the graph has that a file or 'module:function' (its round 0) holds."""
+    given = _load(source, directed)
+    given = given(0) if callable(given) else given
+    given = _graph_of(given, directed) if isinstance(given, list | tuple) else given
+    if isinstance(given, Round):
+        return given.n
+    return given.number_of_nodes() if isinstance(given, nx.Graph) else len(given)
+
+
 def as_round(n: int, given: Any, directed: bool | None = None) -> tuple[Round, bool]:
     """Return a graph in any accepted form as a round, and whether it came with weights.
 
