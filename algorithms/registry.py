@@ -86,6 +86,7 @@ def find(kind: str, name: str) -> type[Component]:
         )
     module, _, cls = REGISTRY[kind][name].partition(":")
     found = getattr(importlib.import_module(f"gossamer.algorithms.{module}"), cls)
+    assert isinstance(found, type), found
     assert issubclass(found, Component), found
     return found
 

@@ -69,7 +69,7 @@ def init(
     Raises:
         ConfigError: a name is unknown, or the topology does not fit the number of processes.
     """
-    global _default  # noqa: PLW0603 - the one run of this process
+    global _default
     graph = _topology(topology, world_size())
     opened = open_transport(transport, timeout_s=timeout_s)
     _default = Communicator(graph, opened, seed=seed, timeout_s=timeout_s)
@@ -89,11 +89,11 @@ def attach(
 ) -> torch.optim.Optimizer:
     """Turn ``optimizer.step()`` into one step of a decentralized algorithm.
 
-    Parameters move into one flat row per dtype (their ``.data`` become views; frozen ones stay where
-    they are, tied ones appear once) and start equal to rank 0's. Schedulers, gradient accumulation,
-    clipping and loss scaling work as before: the object returned is the one given. Where the
-    algorithm makes the local step from another direction (a tracked gradient, D-NASA's normalised
-    average) the torch optimizer gets that direction in place of the gradient; with
+    Parameters move into one flat row per dtype (their ``.data`` become views; frozen ones stay
+    where they are, tied ones appear once) and start equal to rank 0's. Schedulers, gradient
+    accumulation, clipping and loss scaling work as before: the object returned is the one given.
+    Where the algorithm makes the local step from another direction (a tracked gradient, D-NASA's
+    normalised average) the torch optimizer gets that direction in place of the gradient; with
     ``SGD(lr=1.0)`` D-NASA is exact.
 
     Args:

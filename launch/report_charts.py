@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -20,8 +21,8 @@ from gossamer.launch.report_runs import RunRecord, format_bytes
 
 __all__ = [
     "ABSCISSAS",
-    "STYLE",
     "Chart",
+    "chart_style",
     "charts_of",
     "draw_chart",
     "new_figure",
@@ -48,22 +49,10 @@ _PALETTE = (
 _INK = "#010203"
 """Stands for the page's text color, which depends on the reader's theme."""
 _MOST_POINTS = 400
+_STEPS = [1, 2, 2.5, 5, 10]
+"""Ticks stand at round numbers."""
 _LOG_RATIO = 10.0
 """A figure that spans a decade or more is drawn on a logarithmic scale."""
-STYLE = {
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _INK,
-    "grid.alpha": 0.12,
-    "lines.linewidth": 1.6,
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +136,7 @@ def draw_chart(
     values = [y for _, ys, _, _ in curves for y in ys]
     if not values:
         return None
-    with mpl.rc_context(STYLE):
+    with chart_style():
         figure, axes = new_figure(4.4, 2.7)
         for xs, ys, color, style in curves:
             marker = "o" if len(xs) == 1 else None
@@ -155,10 +144,30 @@ def draw_chart(
         _scale(axes, min(values), max(values))
         if against == "bytes_sent":
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.set_xlim(left=0)
         axes.set_xlabel(ABSCISSAS[against])
         return to_svg(figure, f"{chart.title}, against {against}")
+
+
+def chart_style() -> AbstractContextManager[None]:
+    """Return the context in which a report's figures are made."""
+    return mpl.rc_context(
+        {
+            "font.size": 10,
+            "text.color": _INK,
+            "axes.edgecolor": _INK,
+            "axes.labelcolor": _INK,
+            "axes.linewidth": 0.6,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "grid.color": _INK,
+            "grid.alpha": 0.12,
+            "lines.linewidth": 1.6,
+        }
+    )
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -222,5 +231,5 @@ def _scale(axes: Axes, low: float, high: float) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

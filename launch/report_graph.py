@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 
 from gossamer.launch.config import Experiment, resolve
-from gossamer.launch.report_charts import STYLE, new_figure, to_svg
+from gossamer.launch.report_charts import chart_style, new_figure, to_svg
 from gossamer.launch.report_runs import RunRecord
 from gossamer.runtime.errors import ConfigError
 from gossamer.topologies import Spectrum, Topology, TopologyError, spectrum
@@ -50,19 +49,19 @@ def graphs_of(runs: Sequence[RunRecord], color: str) -> list[Graph]:
     built: dict[str, tuple[Topology | str, list[str]]] = {}
     for run in runs:
         try:
-            topology = Experiment(resolve(run.config), run.config["ranks"]).topology
-            key, found = f"{topology!r} {topology.digest()}", topology
+            found: Topology | str = Experiment(resolve(run.config), run.config["ranks"]).topology
+            key = repr(found) + str(found.digest())
         except (ConfigError, TopologyError) as error:  # a user's file or module is not here
             key = found = f"{json.dumps(run.config.get('topology'))}: {error}"
         built.setdefault(key, (found, []))[1].append(run.name)
     several = len(built) > 1
     graphs = []
-    for found, names in built.values():
+    for topology, names in built.values():
         users = f" ({', '.join(names)})" if several else ""
-        if isinstance(found, str):
-            graphs.append(Graph(title="Topology" + users, problem=found))
+        if isinstance(topology, str):
+            graphs.append(Graph(title="Topology" + users, problem=topology))
         else:
-            graphs.append(_show(found, _title(found) + users, color))
+            graphs.append(_show(topology, _title(topology) + users, color))
     return graphs
 
 
@@ -114,7 +113,7 @@ def _draw_eigenvalues(topology: Topology, color: str) -> str:
     for t in range(topology.period or 0):
         product = topology.round(t).apply(product)
     values = np.linalg.eigvals(product)
-    with mpl.rc_context(STYLE):
+    with chart_style():
         figure, axes = new_figure(3.2, 3.2)
         angles = np.linspace(0, 2 * np.pi, 200)
         axes.plot(np.cos(angles), np.sin(angles), color="#9498a0", linewidth=0.8)

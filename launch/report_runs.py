@@ -124,7 +124,8 @@ def _runs_below(folder: Path) -> list[Path]:
         raise ConfigError(f"RUN: no folder {folder}; name one that 'gossamer run' wrote")
     if (folder / "config.yaml").is_file():
         return [folder]
-    runs = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    found = folder.glob("*/config.yaml")
+    runs = [p.parent for p in sorted(found, key=lambda p: (p.stat().st_mtime_ns, p))]  # as they ran
     if not runs:
         raise ConfigError(
             f"RUN: {folder} has no config.yaml, nor has any folder in it; name a run's folder, "

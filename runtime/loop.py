@@ -195,7 +195,7 @@ class _StopPoll:
         flag, slowest = self._comm.all_reduce(rows, "max", count=False)[0].tolist()
         self._next = step + max(1, min(1000, int(_POLL_S / max(slowest, 1e-9))))
         self._since, self._asked = now, step
-        return flag > 0
+        return bool(flag > 0)
 
 
 def _means(comm: Communicator, figures: Mapping[str, Any]) -> Record:

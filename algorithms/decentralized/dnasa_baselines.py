@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.decentralized.fixed_rule import FixedRule
+from gossamer.algorithms.decentralized.gradient_tracking import previous_round
 from gossamer.algorithms.protocols import Batches, Metrics, Oracle
 from gossamer.algorithms.schedules import horizon
 from gossamer.runtime import Communicator, combine
@@ -64,7 +65,8 @@ class _Official(FixedRule):
             if g_old is None:
                 v.copy_(g)
             else:
-                comm.neighbor_average(v, out=v)  # 0 before the first step
+                with previous_round(comm):
+                    comm.neighbor_average(v, out=v)  # 0 before the first step
                 combine([(1.0, v), (1.0, g), (-1.0, g_old)], out=v)
                 g_old.copy_(g)
             moved = combine([(1.0, mixing.wait()), (-lr / comm.n, v)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Optimizer, Oracle
 from gossamer.runtime import Communicator, Work, combine
 
-__all__ = ["GradientTracking", "GradientTrackingState"]
+__all__ = ["GradientTracking", "GradientTrackingState", "previous_round"]
 
 
 @dataclass
@@ -83,10 +83,10 @@ class GradientTracking(Algorithm):
             estimate = oracle(x, batches[0])
             combine([(1.0, y), (1.0, estimate.grad), (-1.0, g_old)], out=y)
             if state.k > 0:
-                with _previous_round(comm):
-                    self.average_(comm, state, y)
+                with previous_round(comm):
+                    comm.neighbor_average(y, out=y)
             self.optimizer.update_(state.optimizer, x, y, comm)
-            self.average_(comm, state, x)
+            comm.neighbor_average(x, out=x)
         else:
             mixed, mixing = _average_async(comm, state)
             estimate = oracle(x, batches[0])  # while x and y travel
@@ -100,10 +100,6 @@ class GradientTracking(Algorithm):
         state.k += 1
         return {"loss": estimate.loss, **estimate.metrics}
 
-    def average_(self, comm: Communicator, state: GradientTrackingState, v: Tensor) -> None:
-        """``v = W v``, in place."""
-        comm.neighbor_average(v, out=v)
-
 
 def _average_async(
     comm: Communicator, state: GradientTrackingState
@@ -115,13 +111,13 @@ def _average_async(
     d = state.g_old.shape[1]
     wx, wy = mixed[:, :d], mixed[:, d:]
     works = [comm.neighbor_average_async(state.x, out=wx)]
-    with _previous_round(comm):
+    with previous_round(comm):
         works.append(comm.neighbor_average_async(state.y, out=wy))
     return mixed, works
 
 
 @contextmanager
-def _previous_round(comm: Communicator) -> Iterator[None]:
+def previous_round(comm: Communicator) -> Iterator[None]:
     """Look back at the W of the step before, for what is called inside; nothing if W is fixed."""
     t = comm.round
     comm.round = t if comm.topology.is_static else max(0, t - 1)

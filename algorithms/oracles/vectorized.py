@@ -61,4 +61,5 @@ def vectorized_gradients(
     grads, losses = each(stacked, *inputs)
     for s in layout.slices:
         grad[:, s.begin : s.end].view(local, *s.shape).copy_(grads[s.name])
-    return losses.detach().double().cpu()
+    result: Tensor = losses.detach().double().cpu()
+    return result
