@@ -10,6 +10,7 @@ from typing import Annotated
 import click
 import typer
 
+from gossamer.launch.commands.report import report
 from gossamer.launch.status import exit_status
 
 __all__ = ["app", "main"]
@@ -51,6 +52,9 @@ def schema() -> None:
     from gossamer.launch.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=1))
+
+
+app.command()(report)
 
 
 def main() -> None:

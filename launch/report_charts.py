@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from html import escape
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -181,8 +182,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 def to_svg(figure: Figure, label: str) -> str:
     """Return the figure as an SVG element to stand inside a page, with ``label`` for readers."""
     # Identifiers follow from the label, so that figures of one page don't share them and the page
-    # of one run is the same text every time.
-    # Text stays text: it takes the page's font and color.
+    # of one run is the same text every time. Text stays text: it takes the page's font and color.
     with mpl.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -190,13 +190,11 @@ def to_svg(figure: Figure, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" {_aria(label)}>', svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None, "matplotlib writes one"
+    head = f'<svg {box[0]} class="chart" role="img" aria-label="{escape(label)}">'
+    svg = head + svg[svg.index(">") + 1 :]
     return re.sub(r"\n\s*", "\n", svg).replace(_INK, "currentColor")
-
-
-def _aria(label: str) -> str:
-    return f'class="chart" role="img" aria-label="{label}"'
 
 
 def _points(run: RunRecord, line: Line, against: str) -> tuple[list[float], list[float]]:

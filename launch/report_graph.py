@@ -48,12 +48,8 @@ def graphs_of(runs: Sequence[RunRecord], color: str) -> list[Graph]:
     """Return the distinct topologies of the runs, in the order of their first use."""
     built: dict[str, tuple[Topology | str, list[str]]] = {}
     for run in runs:
-        try:
-            found: Topology | str = Experiment(resolve(run.config), run.config["ranks"]).topology
-            key = repr(found) + str(found.digest())
-        except (ConfigError, TopologyError) as error:  # a user's file or module is not here
-            key = found = f"{json.dumps(run.config.get('topology'))}: {error}"
-        built.setdefault(key, (found, []))[1].append(run.name)
+        key, topology = _rebuild(run)
+        built.setdefault(key, (topology, []))[1].append(run.name)
     several = len(built) > 1
     graphs = []
     for topology, names in built.values():
@@ -63,6 +59,16 @@ def graphs_of(runs: Sequence[RunRecord], color: str) -> list[Graph]:
         else:
             graphs.append(_show(topology, _title(topology) + users, color))
     return graphs
+
+
+def _rebuild(run: RunRecord) -> tuple[str, Topology | str]:
+    """Return a run's topology, or why it cannot be built, and a key that equal ones share."""
+    try:
+        topology = Experiment(resolve(run.config), run.config["ranks"]).topology
+    except (ConfigError, TopologyError) as error:  # a user's file or module is not here
+        problem = f"{json.dumps(run.config.get('topology'))}: {error}"
+        return problem, problem
+    return f"{topology!r} {topology.digest()}", topology
 
 
 def _title(topology: Topology) -> str:
