@@ -1,0 +1,123 @@
+"""Local optimizers against torch.optim, and what a row's update must not depend on."""
+
+import math
+
+import pytest
+import torch
+
+from gossamer.algorithms.optimizers.adam import Adam, AdamW
+from gossamer.algorithms.optimizers.sgd import SGD, Momentum
+from gossamer.algorithms.registry import REGISTRY, find
+from gossamer.runtime import Communicator, ConfigError, StackedTransport
+from gossamer.runtime.component import validate
+from gossamer.topologies import build
+
+CASES = {
+    "sgd": (SGD(lr=0.1, weight_decay=0.02),
+            lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.02)),
+    "momentum": (Momentum(lr=0.1, beta=0.8, weight_decay=0.02),
+                 lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, weight_decay=0.02)),
+    "nesterov": (Momentum(lr=0.1, nesterov=True),
+                 lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True)),
+    "adam": (Adam(lr=0.1, beta2=0.99, weight_decay=0.02),
+             lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.99), weight_decay=0.02)),
+    "adamw": (AdamW(lr=0.1), lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01)),
+}  # fmt: skip
+
+
+def communicator(ranks, steps=None):
+    return Communicator(build("complete", ranks), StackedTransport(), steps=steps)
+
+
+def updates(optimizer, x, count=20):
+    comm, state = communicator(len(x)), optimizer.init(x)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        noise = torch.randn(64, x.shape[1], generator=generator, dtype=torch.float64)
+        optimizer.update_(
+            state, x, ((x / (1 + x * x)).double() + noise[: len(x)]).to(x.dtype), comm
+        )
+        comm.step += 1
+    return x
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_optimizer_equals_its_namesake_of_torch(name):
+    ours, theirs = CASES[name]
+    start = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    actual = updates(ours, start.clone())
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = theirs([parameter])
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        noise = torch.randn(64, 7, generator=generator, dtype=torch.float64)[:3]
+        x = parameter.detach()
+        parameter.grad = x / (1 + x * x) + noise
+        optimizer.step()
+    torch.testing.assert_close(actual, parameter.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("d", [1, 5, 17, 64])
+def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(name, d):
+    start = torch.randn(64, d, generator=torch.Generator().manual_seed(0))
+    together = updates(CASES[name][0], start.clone())
+    assert torch.equal(updates(CASES[name][0], start[:1].clone()), together[:1])
+    assert torch.equal(updates(CASES[name][0], start[:3].clone()), together[:3])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zero_gradients_move_nothing(name):
+    optimizer, x = CASES[name][0], torch.zeros(2, 5)
+    comm, state = communicator(2), optimizer.init(x)
+    for _ in range(3):
+        optimizer.update_(state, x, torch.zeros(2, 5), comm)
+    assert torch.equal(x, torch.zeros(2, 5))
+
+
+def test_a_direction_keeps_the_row_and_the_gradient():
+    for optimizer, _ in CASES.values():
+        x, grad = torch.ones(2, 5), torch.full((2, 5), 2.0)
+        optimizer.direction(optimizer.init(x), x, grad, 0)
+        assert torch.equal(x, torch.ones(2, 5))
+        assert torch.equal(grad, torch.full((2, 5), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+        ("sqrt", [1.0, 1 / math.sqrt(2), 1 / math.sqrt(3), 0.5]),
+        ("sqrt_n_over_t", [1.0, 1.0, math.sqrt(2 / 3), math.sqrt(0.5)]),
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]),
+    ],
+)
+def test_a_schedule_gives_the_rates_it_names(schedule, rates):
+    comm, optimizer = communicator(2, steps=4), SGD(lr=1.0, schedule=schedule)
+    for comm.step in range(4):
+        assert optimizer.rate(comm) == pytest.approx(rates[comm.step], abs=1e-15)
+
+
+def test_a_warmup_rises_linearly():
+    comm, optimizer = communicator(2), SGD(lr=1.0, warmup=3)
+    found = []
+    for step in range(5):
+        comm.step = step
+        found.append(optimizer.rate(comm))
+    assert found == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_schedule_with_an_end_asks_for_the_number_of_steps():
+    with pytest.raises(ConfigError, match="schedule: cosine needs the number of steps"):
+        SGD(lr=1.0, schedule="cosine").rate(communicator(2))
+
+
+@pytest.mark.parametrize("name", REGISTRY["optimizer"])
+def test_every_registered_optimizer_asks_for_a_learning_rate(name):
+    cls = find("optimizer", name)
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: missing"):
+        validate(cls, {}, "optimizer")
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: must be greater than 0"):
+        validate(cls, {"lr": -1.0}, "optimizer")
+    assert validate(cls, {"lr": 0.1}, "optimizer").name == name
