@@ -122,7 +122,8 @@ def run_loop(
     while comm.step < options.steps:
         if before_step is not None:
             before_step(comm.step)
-        figures = program.step()
+        with comm.traffic.span("compute", "step", comm.step):  # the trace takes the waits out
+            figures = program.step()
         comm.step += 1
         comm.round += program.rounds_per_step
         last = comm.step == options.steps
