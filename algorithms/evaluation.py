@@ -26,6 +26,8 @@ __all__ = ["Evaluator"]
 
 _STREAM_EXAMPLES = 1024
 """Fresh examples per rank that stand for the objective of a stream."""
+_TEXT_EXAMPLES = 128
+"""Windows of text per rank that stand for a language model's objective."""
 
 Part = tuple[Dataset, np.ndarray]
 """Examples to evaluate: a dataset and int64 places in it."""
@@ -60,8 +62,9 @@ class Evaluator:
             problem: the module, the data, the loss and the score.
             objective: f, the mean of the ranks' f_i or the mean over examples; the problem's own
                 when None.
-            examples: at most so many of each shard and of the test set, evenly spaced over it; None
-                for all (for 1,024 per rank where the task is a stream).
+            examples: at most so many of each shard and of the test set, evenly spaced over it. None:
+                all of a finite dataset, but 128 of a language model's, whose full gradient costs
+                more than most runs; 1,024 of a stream.
             per_rank: evaluate every rank's own row too.
             rank_grad_norm: compute the gradient of f at every rank's row too: n times the work.
             chunk: examples of one forward pass at most.
@@ -70,7 +73,10 @@ class Evaluator:
         self._comm, self._layout, self._problem = comm, oracle.layout, problem
         self._buffers: BufferRows | None = getattr(oracle, "buffers", None)
         self._objective = objective or problem.objective
-        self._examples, self._chunk = examples, chunk
+        # A loss that is not weighed by examples is one per token: the language models' mark.
+        self._per_token = problem.weigh is not Problem.weigh
+        self._examples = examples or (_TEXT_EXAMPLES if self._per_token else None)
+        self._chunk = chunk
         self._per_rank, self._rank_grad_norm = per_rank, rank_grad_norm
         self._stream_seed = derive_key(seed, "evaluation")
         self._score_names: list[str] = []
@@ -110,7 +116,7 @@ class Evaluator:
                 figures |= self._test_at(problem.test, mean)
                 if self._per_rank:
                     figures |= self._test_by_rank(problem.test, x)
-        if problem.weigh is not Problem.weigh:  # not by examples, so by tokens
+        if self._per_token:
             nats = figures.get("test_loss", figures["loss"])
             figures["perplexity"] = torch.tensor(nats, dtype=torch.float64).exp().item()
         return figures
@@ -180,7 +186,7 @@ class Evaluator:
             with torch.set_grad_enabled(backward):
                 loss = problem.loss(problem.module, inputs) * weight
                 if backward:
-                    loss.backward()  # type: ignore[no-untyped-call]  # torch's
+                    loss.backward()
             terms = [weight, loss.item()]
             if problem.score is not None:
                 with torch.no_grad():

@@ -18,6 +18,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "breast-cancer": "tasks.bundled:BreastCancer",
         "custom": "tasks.custom:Custom",
         "digits": "tasks.bundled:Digits",
+        "huggingface": "tasks.huggingface:HuggingFace",
         "least-squares": "tasks.least_squares:LeastSquares",
         "mnist": "tasks.mnist:MNIST",
         "svmlight": "tasks.svmlight:SVMLight",

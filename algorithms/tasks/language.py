@@ -1,4 +1,4 @@
-"""What language-model tasks share: windows of a token sequence, and the loss per token."""
+"""What language-model tasks share: windows of tokens, hidden tokens, and losses per token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Windows", "count_next_tokens", "next_token_loss"]
+from gossamer.runtime.random import Random
+
+__all__ = [
+    "Windows",
+    "count_masked_tokens",
+    "count_next_tokens",
+    "mask_tokens",
+    "masked_token_loss",
+    "next_token_loss",
+]
+
+_IGNORED = -100
+"""The target of a token that is not predicted: torch's own default."""
 
 
 @dataclass(frozen=True)
@@ -17,20 +29,18 @@ class Windows:
 
     Attributes:
         tokens: any integer dtype (tokens,).
-        context: predictions per window.
-        windows: int64, which windows the dataset has; window k starts at token k * context.
+        context: predictions per window; window k starts at token k * context.
     """
 
     tokens: Tensor
     context: int
-    windows: Tensor
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return max(len(self.tokens) - 1, 0) // self.context
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, ...]:
-        starts = self.windows[indices] * self.context
-        return (self.tokens[starts[:, None] + torch.arange(self.context + 1)].long(),)
+        places = (indices * self.context)[:, None] + torch.arange(self.context + 1)
+        return (self.tokens[places].long(),)
 
 
 def next_token_loss(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -49,3 +59,52 @@ def count_next_tokens(inputs: tuple[Tensor, ...]) -> float:
     """Return how many tokens ``next_token_loss`` predicts."""
     batch, length = inputs[0].shape
     return float(batch * (length - 1))
+
+
+def mask_tokens(
+    blocks: Tensor, rate: float, mask: int, vocabulary: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Hide a share of each block's tokens, once for the whole run (BERT, arXiv:1810.04805, 3.1).
+
+    Of the tokens to predict 80 % become the mask, 10 % a random token, and 10 % stay.
+
+    Args:
+        blocks: int64 (blocks, T).
+        rate: share of T to predict, at least one token.
+        mask: the mask's token.
+        vocabulary: number of tokens.
+        seed: of the choice.
+
+    Returns:
+        the blocks with tokens hidden, and the targets: the tokens to predict, -100 elsewhere.
+    """
+    count, length = blocks.shape
+    chosen = max(1, round(rate * length))
+    random = Random(seed)
+    keys = random.stream("task/mask").uniform_(torch.empty(1, count * length))
+    places = keys.view(count, length).argsort(dim=1, stable=True)[:, :chosen]
+    fate = random.stream("task/mask-fate").uniform_(torch.empty(1, count * chosen))
+    fate = fate.view(count, chosen)
+    strangers = random.stream("task/mask-token").integers(vocabulary, count * chosen)
+    tokens = blocks.gather(1, places)
+    shown = torch.where(fate < 0.9, strangers.view(count, chosen), tokens)
+    shown = torch.where(fate < 0.8, mask, shown)
+    targets = torch.full_like(blocks, _IGNORED).scatter(1, places, tokens)
+    return blocks.scatter(1, places, shown), targets
+
+
+def masked_token_loss(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Return the mean negative log likelihood of the hidden tokens, in nats.
+
+    Args:
+        module: tokens (B, T) -> logits (B, T, V).
+        inputs: tokens (B, T), and targets (B, T) as of ``mask_tokens``.
+    """
+    tokens, targets = inputs
+    logits = module(tokens)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=_IGNORED)
+
+
+def count_masked_tokens(inputs: tuple[Tensor, ...]) -> float:
+    """Return how many tokens ``masked_token_loss`` predicts."""
+    return float((inputs[1] != _IGNORED).sum())

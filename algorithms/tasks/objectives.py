@@ -30,11 +30,11 @@ class ClassificationLoss:
         """Return the loss, ().
 
         Args:
-            module: features (B, ...) -> outputs (B, C).
-            inputs: features, and labels: (B,) int64 classes, or +-1 where C = 1.
+            module: features (B, ...), one tensor or several -> outputs (B, C).
+            inputs: the features, and last the labels (B,): int64 classes, or +-1 where C = 1.
         """
-        features, labels = inputs
-        outputs = module(features)
+        *features, labels = inputs
+        outputs = module(*features)
         if outputs.shape[-1] == 1:
             # logsigmoid keeps its accuracy at both ends; softplus turns linear beyond 20.
             loss = -F.logsigmoid(labels * outputs[..., 0]).mean()
@@ -51,8 +51,8 @@ class ClassificationLoss:
 
 def count_right(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Return ``{"accuracy": how many of the examples get the right class}``."""
-    features, labels = inputs
-    outputs = module(features)
+    *features, labels = inputs
+    outputs = module(*features)
     if outputs.shape[-1] == 1:
         right = labels * outputs[..., 0] > 0
     else:

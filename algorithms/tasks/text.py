@@ -13,13 +13,13 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from gossamer.algorithms.protocols import Problem, default_dtype
+from gossamer.algorithms.tasks.arrays import hold_out
 from gossamer.algorithms.tasks.files import DATA_VARIABLE, locate, read_bytes
 from gossamer.algorithms.tasks.language import Windows, count_next_tokens, next_token_loss
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.algorithms.tasks.partition import ShardedTask
 from gossamer.algorithms.tasks.transformer import Transformer
 from gossamer.runtime.errors import ConfigError
-from gossamer.runtime.random import Random
 
 __all__ = ["Text"]
 
@@ -75,10 +75,7 @@ class Text(ShardedTask):
             ConfigError: a file is missing or damaged, or there are fewer windows than ranks.
         """
         tokens, owner = self._read()
-        windows = np.arange((len(tokens) - 1) // self.context)
-        order = Random(seed).stream("task/held-out").permutation(len(windows))[0].numpy()
-        num_test = int(self.test_fraction * len(windows))
-        test, train = np.sort(order[:num_test]), np.sort(order[num_test:])
+        train, test = hold_out(Windows(tokens, self.context), self.test_fraction, seed)
         with seeded(seed):
             module = Transformer(
                 vocabulary=_BYTES,
@@ -90,10 +87,10 @@ class Text(ShardedTask):
             )
         return Problem(
             module=module.to(default_dtype(self.dtype)),
-            train=Windows(tokens, self.context, torch.from_numpy(train)),
-            shards=self.split(owner[train * self.context], n, seed),
+            train=train,
+            shards=self.split(owner[train.places.numpy() * self.context], n, seed),
             loss=next_token_loss,
-            test=Windows(tokens, self.context, torch.from_numpy(test)) if num_test else None,
+            test=test,
             weigh=count_next_tokens,
             objective="examples",
         )

@@ -42,17 +42,17 @@ def test_windows_tile_the_text_and_share_their_boundary(corpus):
 
 def test_held_out_windows_and_shards_do_not_overlap(corpus):
     problem = small(corpus / "b.txt", test_fraction=0.25).build(3, 0)
-    train, test = problem.train.windows.tolist(), problem.test.windows.tolist()
+    train, test = problem.train.places.tolist(), problem.test.places.tolist()
     assert sorted(train + test) == list(range(24))
     assert len(test) == 6
     assert sorted(np.concatenate(problem.shards)) == list(range(18))
     other = small(corpus / "b.txt", test_fraction=0.25).build(3, 1)
-    assert other.test.windows.tolist() != test
+    assert other.test.places.tolist() != test
 
 
 def test_a_folder_a_pattern_and_a_list_name_files(corpus, monkeypatch):
     def text(path):
-        return bytes(Text(path=path, context=8).build(1, 0).train.tokens.tolist())
+        return bytes(Text(path=path, context=8).build(1, 0).train.dataset.tokens.tolist())
 
     whole = bytes(range(200)) + b"x" * 101
     assert text(str(corpus)) == whole
