@@ -62,9 +62,9 @@ class Evaluator:
             problem: the module, the data, the loss and the score.
             objective: f, the mean of the ranks' f_i or the mean over examples; the problem's own
                 when None.
-            examples: at most so many of each shard and of the test set, evenly spaced over it. None:
-                all of a finite dataset, but 128 of a language model's, whose full gradient costs
-                more than most runs; 1,024 of a stream.
+            examples: at most so many of each shard and of the test set, evenly spaced over it.
+                None: all of a finite dataset, but 128 of a language model's, whose full gradient
+                costs more than most runs; 1,024 of a stream.
             per_rank: evaluate every rank's own row too.
             rank_grad_norm: compute the gradient of f at every rank's row too: n times the work.
             chunk: examples of one forward pass at most.
