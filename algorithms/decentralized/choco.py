@@ -60,8 +60,8 @@ class Choco(Algorithm):
     compressor: AnyCompressor = TopK()
     """What is sent of a difference: top-k, random-k, sign, qsgd or identity, with its options."""
     gamma: float = Field(default=0.2, gt=0, le=1)
-    """Consensus step. The theory's bound is far below what works; tune .1 to .6 (as measured:
-    .2 for a top tenth, .4 for sign, .6 for qsgd; less if it diverges)."""
+    """Consensus step. The theory's bound is far below what works; tune .1 to .6 (as measured: .1
+    for a random tenth, .2 for a top tenth, .4 for sign, .6 for qsgd; less if it diverges)."""
     order: Literal["A", "B"] = "B"
     """A: exchange, then average. B: average with the old copies, then exchange."""
     optimizer: Optimizer = Field(exclude=True)
