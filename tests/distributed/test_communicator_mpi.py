@@ -1,0 +1,91 @@
+"""The communicator under mpirun against the stacked one, with integer-valued rows: sums are exact."""
+
+import pytest
+import torch
+
+from gossamer.runtime import Communicator, StackedTransport
+from gossamer.topologies import build
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+N = 6
+GRAPHS = ["ring", "exponential", "one_peer_exponential", "star", "complete", "directed_ring"]
+
+
+@pytest.fixture(scope="module")
+def transport():
+    """One transport for all tests: MPI starts once."""
+    from gossamer.runtime.transports.mpi import MPITransport
+
+    opened = MPITransport()
+    yield opened
+    opened.close()
+
+
+def pair(graph, transport):
+    """The communicator under test and the stacked reference, with the same rows."""
+    topology = build(graph, N)
+    comm, stacked = Communicator(topology, transport), Communicator(topology, StackedTransport())
+    full = stacked.random("x").normal_(stacked.alloc(37))
+    return comm, stacked, full[comm.ranks.start : comm.ranks.stop].clone(), full
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_averages_match_the_stacked_bits(graph, rounds, transport):
+    comm, stacked, x, full = pair(graph, transport)
+    for _ in range(3):
+        x = comm.neighbor_average(x, rounds=rounds, axpy=(0.5, x))
+        full = stacked.neighbor_average(full, rounds=rounds, axpy=(0.5, full))
+        comm.round += 1
+        stacked.round += 1
+    assert torch.equal(x, full[comm.ranks.start : comm.ranks.stop])
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_an_asynchronous_average_in_place_matches(graph, transport):
+    comm, stacked, x, full = pair(graph, transport)
+    work = comm.neighbor_average_async(x, out=x)
+    assert work.wait() is x
+    assert torch.equal(x, stacked.neighbor_average(full)[comm.ranks.start : comm.ranks.stop])
+
+
+@pytest.mark.parametrize("elements", [1, 37, 10_000])
+@pytest.mark.parametrize("op", ["sum", "mean", "min", "max"])
+def test_all_reduce_matches_the_stacked_bits(elements, op, transport):
+    comm, stacked, _, _ = pair("ring", transport)
+    full = stacked.random("y").normal_(torch.empty(N, elements))
+    mine = full[comm.ranks.start : comm.ranks.stop]
+    assert torch.equal(comm.all_reduce(mine, op), stacked.all_reduce(full, op))
+
+
+def test_the_other_collectives_match(transport):
+    comm, stacked, _, _ = pair("ring", transport)
+    full = stacked.random("z").normal_(torch.empty(N, N * 5))
+    here = slice(comm.ranks.start, comm.ranks.stop)
+    mine = full[here].contiguous()
+    assert torch.equal(comm.all_gather(mine), full)
+    assert torch.equal(comm.broadcast(mine, root=4), full[4:5])
+    assert torch.equal(comm.reduce_scatter(mine), stacked.reduce_scatter(full)[here])
+    parts = comm.all_to_all(mine.view(-1, N, 5))
+    assert torch.equal(parts, full.view(N, N, 5).transpose(0, 1)[here])
+    comm.barrier()
+
+
+def test_gathered_messages_carry_source_target_and_weight(transport):
+    comm, stacked, x, full = pair("star", transport)
+    messages, expected = comm.neighbor_gather(x), stacked.neighbor_gather(full)
+    mine = (expected.target >= comm.ranks.start) & (expected.target < comm.ranks.stop)
+    assert torch.equal(messages.values, expected.values[mine])
+    assert torch.equal(messages.source, expected.source[mine])
+    assert torch.equal(messages.target, expected.target[mine] - comm.ranks.start)
+    assert torch.equal(messages.weight, expected.weight[mine])
+
+
+def test_bytes_are_those_of_the_edges_whoever_shares_a_process(transport):
+    comm, stacked, x, full = pair("star", transport)
+    comm.neighbor_average(x)
+    stacked.neighbor_average(full)
+    here = slice(comm.ranks.start, comm.ranks.stop)
+    assert comm.traffic.bytes_sent.tolist() == stacked.traffic.bytes_sent[here].tolist()
+    assert stacked.traffic.bytes_sent.tolist() == [37 * 4 * (N - 1)] + [37 * 4] * (N - 1)
