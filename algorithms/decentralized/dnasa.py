@@ -7,6 +7,7 @@ It is invariant to the scale of the loss, not to the scale of the parameters, no
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -20,6 +21,8 @@ from gossamer.algorithms.schedules import horizon
 from gossamer.runtime import Communicator, combine, row_norm
 
 __all__ = ["DNASA"]
+
+log = logging.getLogger("gossamer")
 
 # The official network code differs from the theory in four choices.
 _OFFICIAL_NN = {"a": 0.3, "clip": False, "norm": "layer", "eps": 2.2e-16}
@@ -111,6 +114,12 @@ class DNASA(Algorithm):
 
     def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> DNASAState:
         """Start at x with z = 0 (and u = v_prev = 0)."""
+        if x.element_size() < 4:
+            log.warning(
+                "d-nasa on rows of %s: late steps are below their resolution and vanish; keep the "
+                "parameters in float32 (oracle: {autocast: bfloat16} computes in bfloat16)",
+                x.dtype,
+            )
         d, gt = x.shape[1], self.tracking == "gt"
         row = comm.alloc((3 if gt else 2) * d, x.dtype)
         row[:, :d] = x

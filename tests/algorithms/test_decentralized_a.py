@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from decentralized_cases import ANY_SCHEDULE, CASES, SGD05, X0, D, advance, gradients, run, start
+from decentralized_cases import (
+    ANY_SCHEDULE,
+    CASES,
+    SGD05,
+    X0,
+    Bowls,
+    D,
+    advance,
+    gradients,
+    run,
+    start,
+)
 
 from gossamer.algorithms.decentralized.all_reduce import AllReduce
 from gossamer.algorithms.decentralized.d2 import D2, EDM
@@ -114,6 +125,42 @@ def test_a_restored_state_goes_on_to_the_bit(name):
     restore(other, tensors, scalars)
     again.step, again.round = 6, 6 * algorithm.rounds_per_step
     assert torch.equal(advance(algorithm, again, other, 6)[-1], expected)
+
+
+SENT = {  # elements per edge and step, in units of d; two rows of a step travel once each
+    "all-reduce": None, "dsgd": 1, "dsgd-cta": 1, "mixed-momentum": 2, "gradient-tracking": 2,
+    "gradient-tracking-cta": 2, "qg-dsgdm": 1, "qg-adam": 1, "decentlam": 1, "d2": 1, "edm": 1,
+    "momentum-tracking": 2, "extra": 1, "k-gt": 2, "mt-dsgt": 6, "official-dsgd": 2,
+    "official-dsgt": 3, "synthetic-dsgd": 1, "synthetic-dsgt": 2, "d-asagt": 2, "d-nasa-old": 2,
+    "d-nasa-half": 2, "d-nasa-rounds": 6, "d-nasa-gt": 3, "d-nasa-gt-half": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rows"), SENT.items())
+def test_a_step_sends_what_its_table_says(name, rows):
+    algorithm = CASES[name][0]
+    comm, state = start(algorithm, algorithm.adapt(build("ring", 8)))
+    advance(algorithm, comm, state, 1)
+    comm.traffic.bytes_sent[:] = 0
+    advance(algorithm, comm, state, 1)
+    expected = 2 * rows * D * 8 if rows else 2 * D * 8 * 7 // 8
+    assert comm.traffic.bytes_sent.tolist() == [expected] * 8
+
+
+@pytest.mark.parametrize("name", ["dsgd-cta", "mixed-momentum", "gradient-tracking-cta", "extra",
+                                  "official-dsgt", "synthetic-dsgd", "d-nasa-half"])  # fmt: skip
+def test_the_exchange_starts_before_the_gradient_where_the_rule_allows(name, monkeypatch):
+    algorithm, order = CASES[name][0], []
+    comm, state = start(algorithm, build("ring", 8))
+    begin, estimate = comm.neighbor_average_async, Bowls.__call__
+    monkeypatch.setattr(
+        comm, "neighbor_average_async", lambda *a, **k: (order.append("send"), begin(*a, **k))[1]
+    )
+    monkeypatch.setattr(
+        Bowls, "__call__", lambda *a, **k: (order.append("gradient"), estimate(*a, **k))[1]
+    )
+    advance(algorithm, comm, state, 1)
+    assert order == ["send", "gradient"]
 
 
 @pytest.mark.parametrize("name", CASES)

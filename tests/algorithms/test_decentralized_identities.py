@@ -103,6 +103,14 @@ def test_dnasa_hands_its_direction_to_an_optimizer():
     assert not torch.allclose(plain[-1], adam[-1])
 
 
+def test_dnasa_warns_of_rows_too_coarse_for_its_late_steps(caplog):
+    run(DNASA(), build("ring", 4), 1, dtype=torch.bfloat16)
+    assert "float32" in caplog.text
+    caplog.clear()
+    run(DNASA(), build("ring", 4), 1, dtype=torch.float32)
+    assert not caplog.records
+
+
 # --- the others -----------------------------------------------------------------------------
 
 MEAN_RULES = {
@@ -138,6 +146,15 @@ def test_tracked_gradients_average_to_the_gradients(order, graph):
     for _ in range(12):
         advance(algorithm, comm, state, 1)
         torch.testing.assert_close(state.y.mean(0), state.g_old.mean(0), rtol=0, atol=1e-12)
+
+
+def test_after_a_period_of_one_peer_exponential_every_rank_holds_the_mean_to_the_bit():
+    topology = build("one_peer_exponential", 8)
+    values = np.random.default_rng(0).integers(-9, 9, (8, D)).astype(float)
+    algorithm = DSGD(optimizer=SGD05)
+    comm, state = start(algorithm, topology, x0=values, noise=0)
+    last = advance(algorithm, comm, state, 3, noise=0, scale=0.0)[-1]
+    assert torch.equal(last, torch.from_numpy(values).mean(0).expand(8, D))
 
 
 @pytest.mark.parametrize("algorithm", [KGT(optimizer=SGD05), MomentumTracking(optimizer=SGD05)])
