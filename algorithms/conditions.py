@@ -14,8 +14,8 @@ __all__ = [
     "lazy_above",
     "require_column_stochastic",
     "require_doubly_stochastic",
-    "require_own_weight",
     "require_lambda_min",
+    "require_own_weight",
     "require_static",
     "require_symmetric",
 ]
