@@ -1,0 +1,1 @@
+"""What the papers claim, run again: one module per paper, a function per group of claims."""
