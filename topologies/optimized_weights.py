@@ -65,7 +65,7 @@ def _solve_sdp(edges: Round, *, nonnegative: bool) -> Round:
 
 
 def _optimize(
-    edges: Round, rule: str, project: Callable[[Floats, Ints, Ints, int], Floats] | None
+    edges: Round, rule: str, project: Callable[[Floats, list[Ints]], Floats] | None
 ) -> Round:
     n = edges.n
     if n > _LARGEST:
@@ -74,11 +74,12 @@ def _optimize(
             f"for {n} ranks (at most {_LARGEST}); use 'best_constant' or 'metropolis'"
         )
     head, tail = _undirected_edges(edges)
+    incident = [np.flatnonzero((head == rank) | (tail == rank)) for rank in range(n)]
     degree = np.diff(edges.indptr)
     weights = 1 / (1.0 + np.maximum(degree[head], degree[tail]))  # metropolis
     best, best_rho = weights, np.inf
     for iteration in range(1, _ITERATIONS + 1):
-        eigenvalues, vectors = np.linalg.eigh(_round(n, head, tail, weights).matrix() - 1 / n)
+        eigenvalues, vectors = np.linalg.eigh(_dense(n, head, tail, weights) - 1 / n)
         rho = max(eigenvalues[-1], -eigenvalues[0])
         if rho < best_rho:
             best, best_rho = weights, rho
@@ -91,17 +92,16 @@ def _optimize(
             break
         weights = weights - _STEP / np.sqrt(iteration) * gradient / length
         if project is not None:
-            weights = project(weights, head, tail, n)
+            weights = project(weights, incident)
     return _round(n, head, tail, best)
 
 
-def _project(weights: Floats, head: Ints, tail: Ints, n: int) -> Floats:
-    """Make the weights non-negative and the sum at each rank at most one."""
+def _project(weights: Floats, incident: list[Ints]) -> Floats:
+    """Make the weights non-negative and the sum over the edges of each rank at most one."""
     weights = np.maximum(weights, 0)
-    for rank in range(n):
-        incident = np.flatnonzero((head == rank) | (tail == rank))
-        while (excess := weights[incident].sum() - 1) > _ROUNDING:
-            positive = incident[weights[incident] > 0]
+    for edges in incident:
+        while (excess := weights[edges].sum() - 1) > _ROUNDING:
+            positive = edges[weights[edges] > 0]
             weights[positive] -= min(weights[positive].min(), excess / len(positive))
     return weights
 
@@ -109,6 +109,13 @@ def _project(weights: Floats, head: Ints, tail: Ints, n: int) -> Floats:
 def _undirected_edges(edges: Round) -> tuple[Ints, Ints]:
     once = edges.sources < edges.targets
     return edges.sources[once], edges.targets[once]
+
+
+def _dense(n: int, head: Ints, tail: Ints, weights: Floats) -> Floats:
+    matrix = np.zeros((n, n))
+    matrix[head, tail] = matrix[tail, head] = weights
+    np.fill_diagonal(matrix, 1 - matrix.sum(axis=0))
+    return matrix
 
 
 def _round(n: int, head: Ints, tail: Ints, weights: Floats) -> Round:
