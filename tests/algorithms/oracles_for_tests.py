@@ -10,6 +10,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from gossamer.algorithms.optimizers.sgd import SGD, Momentum
 from gossamer.algorithms.protocols import (
     Algorithm,
     Batch,
@@ -24,6 +25,8 @@ from gossamer.topologies import Round, Topology
 
 ROWS = 12
 """Examples per rank."""
+LR = 0.3
+PLAIN, MOMENTUM = SGD(lr=LR), Momentum(lr=LR, beta=0.9, nesterov=True)
 
 
 class _Parameters(nn.Module):
@@ -193,3 +196,8 @@ def switching_digraph(n: int) -> Topology:
 def matrix(topology: Topology, t: int = 0) -> np.ndarray:
     """Return W(t)."""
     return topology.round(t).matrix()
+
+
+def close(a: np.ndarray, b: np.ndarray) -> None:
+    """Compare with a reference: a few dozen steps whose sums run in another order."""
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)

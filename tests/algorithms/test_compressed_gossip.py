@@ -1,0 +1,102 @@
+"""CHOCO-SGD and DeepSqueeze against copies per neighbour."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from oracles_for_tests import (
+    LR,
+    MOMENTUM,
+    PLAIN,
+    LogisticOracle,
+    Trial,
+    close,
+    matrix,
+    start,
+)
+
+from gossamer.algorithms.decentralized.choco import Choco
+from gossamer.algorithms.decentralized.deepsqueeze import DeepSqueeze
+from gossamer.algorithms.decentralized.dsgd import DSGD
+from gossamer.runtime import ConfigError
+from gossamer.topologies import build
+
+
+def compressed(name: str, oracle: LogisticOracle, v: np.ndarray) -> np.ndarray:
+    """Apply a deterministic compressor tensor by tensor, the slow way."""
+    out = np.zeros_like(v)
+    for s in oracle.layout.slices:
+        for i, part in enumerate(v[:, s.begin : s.end]):
+            if name == "sign":
+                q = np.where(part < 0, -1, 1) * np.abs(part).mean()
+            elif name == "top-k":
+                q = np.where(np.abs(part) >= np.sort(np.abs(part))[-2], part, 0)
+            else:
+                q = part
+            out[i, s.begin : s.end] = q
+    return out
+
+
+COMPRESSORS = [{"name": "sign"}, {"name": "top-k", "k": 2}, {"name": "identity"}]
+
+
+@pytest.mark.parametrize("order", ["A", "B"])
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c["name"])
+def test_choco_follows_the_recursion_with_a_copy_per_neighbour(order, compressor):
+    gamma, topology = 0.4, build("ring", 8)
+    trial = Trial(Choco(order=order, compressor=compressor, gamma=gamma, optimizer=PLAIN), topology)
+    W, x = matrix(topology), np.repeat(start(trial.oracle), 8, axis=0)
+    h = np.zeros_like(x)
+    for k in range(15):
+        x = x - LR * trial.gradients(x, k)
+        if order == "A":
+            h = h + compressed(compressor["name"], trial.oracle, x - h)
+        x, h_old = x + gamma * (W @ h - h), h
+        if order == "B":
+            h = h_old + compressed(compressor["name"], trial.oracle, x - h_old)
+        trial.step()
+        close(trial.x, x)
+        close(trial.state.s.numpy(), W @ trial.state.h.numpy())
+
+
+@pytest.mark.parametrize("compressor", ["random-k", "qsgd"])
+def test_choco_keeps_the_mean_and_its_running_sum_with_random_compressors(compressor):
+    topology = build("ring", 8)
+    trial = Trial(Choco(compressor=compressor, optimizer=PLAIN), topology)
+    for k in range(15):
+        before = trial.x
+        trial.step()
+        close(trial.x.mean(0), before.mean(0) - LR * trial.gradients(before, k).mean(0))
+        close(trial.state.s.numpy(), matrix(topology) @ trial.state.h.numpy())
+
+
+def test_choco_a_with_identity_and_gamma_one_is_dsgd():
+    identity = Choco(order="A", compressor="identity", gamma=1.0, optimizer=MOMENTUM)
+    choco, dsgd = (Trial(a, build("ring", 8)) for a in (identity, DSGD(optimizer=MOMENTUM)))
+    for _ in range(20):
+        choco.step()
+        dsgd.step()
+        close(choco.x, dsgd.x)
+
+
+def test_choco_refuses_schedules_and_unbiased_compressors():
+    with pytest.raises(ConfigError, match="changes over time"):
+        Choco(optimizer=PLAIN).adapt(build("one_peer_exponential", 8))
+    with pytest.raises(ValueError, match="needs a contraction"):
+        Choco(compressor={"name": "qsgd", "unbiased": True}, optimizer=PLAIN)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c["name"])
+def test_deepsqueeze_follows_the_recursion_on_a_changing_graph(compressor):
+    gamma, topology = 0.3, build("one_peer_exponential", 8)
+    trial = Trial(DeepSqueeze(compressor=compressor, gamma=gamma, optimizer=PLAIN), topology)
+    x = np.repeat(start(trial.oracle), 8, axis=0)
+    e = np.zeros_like(x)
+    for k in range(15):
+        half = x - LR * trial.gradients(x, k)
+        q = compressed(compressor["name"], trial.oracle, half + e)
+        e = half + e - q
+        x = half + gamma * (matrix(topology, k) @ q - q)
+        trial.step()
+        close(trial.x, x)
+        close(trial.state.e.numpy(), e)
