@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -81,20 +84,22 @@ class Experiment:
         self.config, self.n = config, n
         self.task = _component("task", config.task, Task)
         optimizer = config.optimizer
-        self.optimizer = _component("optimizer", optimizer, Optimizer) if optimizer else None
+        self.optimizer = (
+            _component("optimizer", optimizer, Optimizer) if optimizer is not None else None
+        )
         self.algorithm = self._algorithm()
+        self.oracle()
         self.topology: Topology = self.algorithm.adapt(build_topology(config.topology, n))
 
     def oracle(self) -> Oracle:
         """Return a fresh oracle (it holds the state of one run)."""
-        section = self.config.oracle
-        if isinstance(section, list):
-            if len(section) != 1:
-                raise ConfigError(
-                    f"oracle: a list stacks oracles, innermost first; got {len(section)} entries "
-                    "and no oracle here wraps another; give one"
-                )
-            section = section[0] if isinstance(section[0], dict) else {"name": section[0]}
+        stack = self.config.oracle if isinstance(self.config.oracle, list) else [self.config.oracle]
+        if len(stack) != 1:
+            raise ConfigError(
+                f"oracle: a list stacks oracles, innermost first; got {len(stack)} entries "
+                "and no oracle here wraps another; give one"
+            )
+        section: Section = {"name": stack[0]} if isinstance(stack[0], str) else stack[0]
         if self.algorithm.objective is not None and section.get("objective", "auto") == "auto":
             section = {**section, "objective": self.algorithm.objective}
         return _component("oracle", section, Oracle)
@@ -140,16 +145,75 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: field, value and fix.
     """
-    return validate(RunConfig, dict(values), "")
+    for kind in ("task", "algorithm", "topology", "optimizer"):
+        section = values.get(kind, {})
+        if not isinstance(section, Mapping) and not (kind == "optimizer" and section is None):
+            name = section if isinstance(section, str) else "..."
+            raise ConfigError(
+                f"{kind}: must be a section such as '{kind}: {{name: {name}}}', got {section!r}"
+            )
+    config = validate(RunConfig, dict(values), "")
+    if config.evaluate_every is not None and config.evaluate_every % config.log_every:
+        raise ConfigError(
+            f"evaluate_every: must be a multiple of log_every ({config.log_every}), since "
+            f"evaluations go into its lines, got {config.evaluate_every}"
+        )
+    return config
 
 
 def _class_of(kind: str, section: Section, base: type[C]) -> type[C]:
-    if "name" not in section:
+    if section.get("name") is None:
         raise ConfigError(f"{kind}.name: missing; write '{kind}: {{name: ...}}'")
-    cls = find(kind, str(section["name"]))
-    if not issubclass(cls, base):
-        raise ConfigError(f"{kind}.name: {section['name']} is not a {base.__name__}")
+    name = section["name"]
+    if not isinstance(name, str):
+        raise ConfigError(f"{kind}.name: must be text, got {name!r}")
+    if ":" in name:
+        _try_import(name, f"{kind}.name")
+    cls = find(kind, name)
+    if not issubclass(cls, base) or inspect.isabstract(cls):
+        what = "lacks methods" if issubclass(cls, base) else "is no class derived from it"
+        raise ConfigError(
+            f"{kind}.name: {name} must be a gossamer.algorithms.protocols.{base.__name__}, "
+            f"but {what}{_missing_methods(cls)}"
+        )
     return cls
+
+
+def _missing_methods(cls: type[Any]) -> str:
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    return f": {', '.join(missing)}" if missing else ""
+
+
+def _try_import(path: str, where: str) -> None:
+    """Import the module of ``module:Class``, whatever is wrong with it said as a ConfigError."""
+    module, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), name]):
+        raise ConfigError(f"{where}: must be 'package.module:Class', got '{path}'")
+    if str(Path.cwd()) not in sys.path:  # an installed command does not look here by itself
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not module.startswith(str(error.name)):
+            raise ConfigError(
+                f"{where}: '{module}' imports '{error.name}', which is not installed; install it"
+            ) from error
+        raise ConfigError(
+            f"{where}: there is no module '{module}' in {Path.cwd()} or on PYTHONPATH, asked for "
+            f"by '{path}'; run from its folder, or install it"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: importing '{module}' failed: {_cause(error)}; correct that file"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """Return the error and its place in the user's file, on one line."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
 
 
 def _component(kind: str, section: Section, base: type[C]) -> C:
@@ -188,10 +252,12 @@ def build_topology(section: Section, n: int) -> Topology:
         ConfigError: unknown name or field, wrong type.
         TopologyError: the graph cannot be built, or is not fit for averaging.
     """
-    if "name" not in section:
+    if section.get("name") is None:
         raise ConfigError("topology.name: missing; write 'topology: {name: ring}'")
     values = {k: v for k, v in section.items() if k != "name"}
-    name = str(section["name"]).replace("-", "_")
+    name = str(section["name"]).replace("-", "_").lower()
+    if name not in topologies.factories:  # an alias, or a message with the nearest names
+        return topologies.build(name, n, **values)
     model = validate(topology_model(name), values, "topology")
     given = {key: getattr(model, key) for key in values}
     return topologies.build(name, n, **given)
@@ -207,15 +273,44 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: missing, not YAML, or not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except OSError as error:
         reason = error.strerror
         raise ConfigError(f"file: cannot read {path} ({reason}); give a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"file: {path} is not text ({error}); give a YAML file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"file: {path} is not YAML: {error}") from None
+        raise ConfigError(f"file: {path} is not YAML: {_placed(error)}") from None
+    if values is None:
+        raise ConfigError(f"file: {path} is empty; write 'task: {{name: digits}}' and so on")
     if not isinstance(values, dict):
-        raise ConfigError(f"file: {path} holds {type(values).__name__}, not 'key: value' lines")
+        raise ConfigError(
+            f"file: {path} holds a {type(values).__name__} ({str(values)[:40]}), not sections; "
+            "write 'key: value' lines"
+        )
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"'{key.value}' is written twice; keep one", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _placed(error: yaml.YAMLError) -> str:
+    """Return what is wrong and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -226,12 +321,12 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     """
     for override in overrides:
         path, equals, text = override.partition("=")
-        if not equals or not path:
+        if not equals or not all(path.split(".")):
             raise ConfigError(f"-s {override}: write KEY=VALUE, for example -s steps=100")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"-s {override}: '{text}' is not YAML: {error}") from None
+            raise ConfigError(f"-s {override}: '{text}' is not YAML: {_placed(error)}") from None
         nested: Any = value
         for key in reversed(path.split(".")):
             nested = {key: nested}
@@ -244,7 +339,10 @@ def _override(values: dict[str, Any], change: dict[str, Any], path: str) -> dict
     for key, value in change.items():
         if isinstance(value, dict) and result.get(key) is not None:
             if not isinstance(result[key], dict):
-                raise ConfigError(f"-s {path}: '{key}' is {result[key]!r}, not a section")
+                raise ConfigError(
+                    f"-s {path}: '{key}' is {result[key]!r}, not a section with fields of its own; "
+                    f"write -s {key}=VALUE"
+                )
             result[key] = _override(result[key], value, path)
         else:
             result[key] = value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
+import select
 import shutil
 import signal
 import sys
@@ -18,9 +20,9 @@ from typing import Any
 
 from gossamer.runtime.errors import ConfigError
 
-__all__ = ["run_mpi", "run_processes"]
+__all__ = ["end_siblings", "run_mpi", "run_processes"]
 
-_GRACE_S = 5.0
+_GRACE_S = 3.0
 """After one process failed, how long the others may take to say which peer they lost."""
 _PR_SET_PDEATHSIG = 1
 
@@ -29,7 +31,7 @@ def run_processes(count: int, target: Callable[..., int], *args: Any) -> int:
     """Run ``target(*args)`` in ``count`` new processes; return the first status that is not 0.
 
     ``target`` must be importable. torch.distributed's variables are set, with a file as the meeting
-    place (no port to clash). When one process fails the others get five seconds to report, then
+    place (no port to clash). When one process fails the others get three seconds to report, then
     they are ended: nothing is left behind, whatever kills this process.
     """
     context = multiprocessing.get_context("forkserver")
@@ -44,8 +46,11 @@ def run_processes(count: int, target: Callable[..., int], *args: Any) -> int:
         ]
         for child in children:
             child.start()
-        with _forwarded_signals(children):
-            return _watch(children)
+        with _forwarded_signals(children) as forwarded:
+            status = _watch(children)
+        if status == -signal.SIGTERM and forwarded.terminated:
+            return 143  # told to end before there was a state to save
+        return status if status >= 0 else 1
 
 
 def _child(
@@ -53,7 +58,11 @@ def _child(
 ) -> None:
     # Dies with its parent (the fork server, which ends when the program does), even by SIGKILL.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it died before the line above
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(
         RANK=str(process),
         LOCAL_RANK=str(process),
@@ -74,6 +83,11 @@ def _watch(children: list[Any]) -> int:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not wait([child.sentinel for child in running], timeout=left):
             for child in running:
+                print(
+                    f"gossamer: {child.name} did not end within {_GRACE_S:g} s of the failure "
+                    "and is killed",
+                    file=sys.stderr,
+                )
                 child.kill()
             deadline = None
         for child in [c for c in running if c.exitcode is not None]:
@@ -86,7 +100,7 @@ def _watch(children: list[Any]) -> int:
                 if status < 0:
                     name = signal.Signals(-status).name
                     print(f"gossamer: {child.name} was killed by {name}", file=sys.stderr)
-    return status if status >= 0 else 1
+    return status
 
 
 class _forwarded_signals:
@@ -94,18 +108,70 @@ class _forwarded_signals:
 
     def __init__(self, children: list[Any]) -> None:
         self._children = children
+        self.terminated = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _forwarded_signals:
         self._before = {s: signal.signal(s, self._forward) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.terminated = self.terminated or number == signal.SIGTERM
         for child in self._children:
             if child.is_alive():
                 os.kill(child.pid, number)
+
+
+def end_siblings() -> None:
+    """Leave behind a process that ends what the launcher started beside this one, if it hangs on.
+
+    torchrun and srun wait long (30 s, or for ever) for a process that hangs when another failed.
+    Those that are well notice the loss of this one by themselves and speak; after three seconds
+    the rest on this node are killed. The process left behind ends with the last of them.
+    """
+    siblings = [os.pidfd_open(pid) for pid in _siblings()]
+    if not siblings or os.fork() != 0:
+        return
+    try:
+        kept = set(siblings)
+        for number in _open_files() - kept:  # the peers see the connections of this process end
+            _close(number)
+        deadline = time.monotonic() + _GRACE_S
+        while siblings and time.monotonic() < deadline:
+            ended, _, _ = select.select(siblings, [], [], deadline - time.monotonic())
+            siblings = [s for s in siblings if s not in ended]
+        for sibling in siblings:
+            signal.pidfd_send_signal(sibling, signal.SIGKILL)
+    finally:
+        os._exit(0)
+
+
+def _siblings() -> list[int]:
+    """Return the other children of this process's parent that run the same command."""
+    command = Path("/proc/self/cmdline")
+    if not command.exists() or not hasattr(os, "pidfd_open"):
+        return []
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent != os.getppid() or int(entry.name) == os.getpid():
+                continue
+            if (entry / "cmdline").read_bytes() == command.read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def _open_files() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - numbers, no paths
+
+
+def _close(number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(number)
 
 
 def run_mpi(count: int, arguments: Sequence[str]) -> int:

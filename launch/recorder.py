@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.loop import Record
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "check_tensorboard", "write_whole"]
 
 _PLAIN_EVERY_S = 5.0
+_TIMES = ("seconds", "seconds_compute", "seconds_communicate")
 
 
 class Recorder:
@@ -35,6 +36,7 @@ class Recorder:
         self._progress: Progress | None = None
         self._spoke = 0.0
         self._wants_board = tensorboard
+        self._before = dict.fromkeys(_TIMES, 0.0)
         self.last: Record = {}
 
     def __enter__(self) -> Recorder:
@@ -70,7 +72,8 @@ class Recorder:
             self._progress.stop()
 
     def log(self, record: Record) -> None:
-        """Write one record."""
+        """Write one record; times go on from those of the run that is resumed."""
+        record = {k: v + self._before[k] if k in _TIMES else v for k, v in record.items()}
         self.last = {**self.last, **record}
         if self._file is None:
             return
@@ -88,7 +91,7 @@ class Recorder:
         if not self._leader or not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the line that a kill cut short
@@ -96,7 +99,9 @@ class Recorder:
             if record["step"] > step:
                 break
             kept.append(line + "\n")
-        path.write_text("".join(kept))
+            self.last |= record
+        self._before = {name: float(self.last.get(name, 0.0)) for name in _TIMES}
+        write_whole(path, "".join(kept))
 
     def _show(self, step: int) -> None:
         figures = "  ".join(
@@ -112,12 +117,25 @@ class Recorder:
             print(line, file=sys.stderr, flush=True)
 
 
-def _open_tensorboard(folder: Path) -> Any:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it: a kill leaves the old one or the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def check_tensorboard() -> None:
+    """Raise ConfigError where TensorBoard is not installed."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"tensorboard: not installed ({error}); pip install 'gossamer[tensorboard]', or "
             "tensorboard: false"
         ) from error
-    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+
+def _open_tensorboard(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))

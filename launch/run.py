@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,18 +21,20 @@ import gossamer
 from gossamer.algorithms.program import TrainingProgram
 from gossamer.launch.agreement import SilencedError, raise_together, share_text
 from gossamer.launch.config import Experiment, RunConfig, merge, resolve
-from gossamer.launch.recorder import Recorder
+from gossamer.launch.recorder import Recorder, check_tensorboard, write_whole
 from gossamer.runtime import Communicator, native
-from gossamer.runtime.checkpoint import Checkpoint, save
+from gossamer.runtime.checkpoint import Checkpoint, discard_after, save
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.loop import LoopOptions, Terminated, run_loop, terminations
 from gossamer.runtime.transports import Transport, open_transport
-from gossamer.runtime.transports.select import process_index, world_size
+from gossamer.runtime.transports.select import process_index, transport_name, world_size
 from gossamer.topologies import TopologyError
 
-__all__ = ["Request", "execute", "execute_in_child", "variants_of"]
+__all__ = ["Request", "execute", "execute_in_child", "ranks_of", "resume_from", "variants_of"]
 
-DONE, FAILED, BAD_CONFIG, TERMINATED = 0, 1, 2, 143
+DONE = 0
+_SHARED = ("transport", "processes", "threads", "timeout_s")
+"""Fields that one start has once, however many runs it compares."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,44 @@ def variants_of(values: Mapping[str, Any]) -> dict[str, RunConfig]:
     compare = values.get("compare")
     if compare is None:
         return {"": resolve(common)}
-    if not (isinstance(compare, Mapping) and all(isinstance(v, Mapping) for v in compare.values())):
-        raise ConfigError("compare: must be 'name: {fields that differ}', for example dsgd: {...}")
+    if (
+        not isinstance(compare, Mapping)
+        or not compare
+        or not all(isinstance(v, Mapping) for v in compare.values())
+    ):
+        raise ConfigError(
+            "compare: must be 'name: {fields that differ}', for example "
+            f"{{dsgd: {{algorithm: {{name: dsgd}}}}}}, got {compare!r}"
+        )
     runs = {}
     for name, change in compare.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+            raise ConfigError(
+                f"compare: {name!r} names a folder; use letters, digits, '-', '_', '+' and '.'"
+            )
+        for key in _SHARED:
+            if key in change:
+                raise ConfigError(
+                    f"compare.{name}.{key}: all runs of a file share it; write '{key}: "
+                    f"{change[key]}' outside compare"
+                )
         try:
-            runs[str(name)] = resolve(merge(common, change))
+            runs[name] = resolve(merge(common, change))
         except ConfigError as error:
             raise ConfigError(f"compare.{name}: {error}") from None
     return runs
+
+
+def resume_from(folder: Path) -> Checkpoint | None:
+    """Open the checkpoint to go on from; None: that run was ended before its first one.
+
+    Raises:
+        ConfigError: ``folder`` is no run and no checkpoint, or a file is missing or cut short.
+    """
+    begun = (folder / "config.yaml").is_file() and not (folder / "summary.json").exists()
+    if begun and not any((folder / "checkpoints").glob("step-*")):
+        return None
+    return Checkpoint.open(folder)
 
 
 def execute_in_child(request: Request) -> int:
@@ -89,13 +122,19 @@ def execute(request: Request) -> int:
         runs = variants_of(request.values)
         first = next(iter(runs.values()))
         experiments = {name: Experiment(c, ranks_of(c)) for name, c in runs.items()}
-        checkpoint = Checkpoint.open(request.resume) if request.resume else None
-        if checkpoint is not None and len(runs) > 1:
-            raise ConfigError("--resume: a comparison has several runs; resume one without compare")
+        transport_name(first.transport)
+        checkpoint = resume_from(request.resume) if request.resume else None
+        if request.resume is not None and "compare" in request.values:
+            raise ConfigError(
+                "--resume: a comparison has several runs; resume one, without a FILE: "
+                "--resume RUN/NAME"
+            )
     except (ConfigError, TopologyError):
         if process_index() != 0:  # every process reads the same file and meets the same error
             raise SilencedError from None
         raise
+    if request.resume is not None and checkpoint is None and process_index() == 0:
+        print(f"gossamer: {request.resume} has no checkpoint yet; from step 0", file=sys.stderr)
     torch.set_num_threads(first.threads)
     transport = open_transport(first.transport, timeout_s=first.timeout_s)
     try:
@@ -142,8 +181,13 @@ def _make_folder(
     if transport.process == 0:
         try:
             chosen = str(_choose_folder(request, checkpoint))
-        except (ConfigError, OSError) as failure:
+        except ConfigError as failure:
             error = failure
+        except OSError as failure:
+            where = request.out or Path("runs").absolute()
+            error = ConfigError(
+                f"--out: cannot make {where} ({failure.strerror}); name a folder you may write"
+            )
     raise_together(transport, error, timeout_s)
     if transport.processes == 1:
         return Path(chosen)
@@ -151,22 +195,43 @@ def _make_folder(
 
 
 def _choose_folder(request: Request, checkpoint: Checkpoint | None) -> Path:
+    going_on = _run_to_go_on(request, checkpoint)
+    if request.out is None:
+        return going_on or _next_folder(Path("runs"), request.title)
     folder = request.out
-    if folder is None and checkpoint is not None and checkpoint.folder.parent.name == "checkpoints":
-        run = checkpoint.folder.parent.parent
-        if checkpoint.meta["n"] == ranks_of(resolve(_without_compare(request.values))):
-            return run  # the same run goes on
-    if folder is None:
-        taken = [p.name for p in Path("runs").glob(f"{request.title}-*")]
-        number = 1 + max((int(t.rsplit("-", 1)[1]) for t in taken if t[-3:].isdigit()), default=0)
-        folder = Path("runs") / f"{request.title}-{number:03d}"
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if going_on is not None and folder.exists() and folder.samefile(going_on):
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             f"--out: {folder} is in use; name another folder, or continue that run with "
             f"--resume {folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _run_to_go_on(request: Request, checkpoint: Checkpoint | None) -> Path | None:
+    """Return the run folder that ``--resume`` continues; None: what comes is a run of its own."""
+    if checkpoint is None:
+        return request.resume
+    if checkpoint.folder.parent.name != "checkpoints":
+        return None
+    same_ranks = checkpoint.meta["n"] == ranks_of(resolve(_without_compare(request.values)))
+    return checkpoint.folder.parent.parent if same_ranks else None
+
+
+def _next_folder(parent: Path, title: str) -> Path:
+    """Make and return ``parent/TITLE-001``, or the first number after those taken."""
+    names = [re.fullmatch(rf"{re.escape(title)}-(\d+)", p.name) for p in parent.glob("*")]
+    number = 1 + max((int(match[1]) for match in names if match), default=0)
+    while True:
+        folder = parent / f"{title}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run started at the same time
+            number += 1
+        else:
+            return folder
 
 
 def _without_compare(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,12 +256,13 @@ def _run_one(
     )
     comm.traffic.tracing = config.trace
     program, error = None, None
+    recorder = Recorder(folder, title, config.steps, leader=leader, tensorboard=config.tensorboard)
     try:
-        program = _build(experiment, comm, checkpoint)
+        if config.tensorboard:
+            check_tensorboard()
+        program = _build(experiment, comm, checkpoint, folder)
         if leader:
-            folder.mkdir(parents=True, exist_ok=True)
-            resolved = yaml.safe_dump(experiment.resolved(), sort_keys=False)
-            (folder / "config.yaml").write_text(resolved)
+            _prepare(folder, experiment, comm.step, recorder)
     except (ConfigError, TopologyError) as failure:
         error = failure
     raise_together(transport, error, config.timeout_s)
@@ -209,13 +275,7 @@ def _run_one(
         where = folder / "checkpoints"
         save(where, comm, tensors, scalars, program.mean(), meta, keep=config.keep_checkpoints)
 
-    with (
-        terminations() as stop,
-        Recorder(
-            folder, title, config.steps, leader=leader, tensorboard=config.tensorboard
-        ) as recorder,
-    ):
-        recorder.truncate(comm.step)
+    with terminations() as stop, recorder:
         run_loop(comm, program, options, log=recorder.log, save=save_checkpoint, stop=stop)
     if config.trace:
         from gossamer.launch.trace import write_trace
@@ -223,12 +283,27 @@ def _run_one(
         write_trace(folder / "trace.json", comm)
     summary = _summary(experiment, comm, program, recorder.last)
     if leader:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_whole(folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 
+def _prepare(folder: Path, experiment: Experiment, step: int, recorder: Recorder) -> None:
+    """Write the configuration, and drop what a run that goes on from ``step`` makes anew."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(experiment.resolved(), sort_keys=False)
+        write_whole(folder / "config.yaml", resolved)
+        (folder / "summary.json").unlink(missing_ok=True)
+        discard_after(folder / "checkpoints", step)
+        recorder.truncate(step if step > 0 else -1)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: cannot write {folder} ({error.strerror}); free some space, or name another"
+        ) from error
+
+
 def _build(
-    experiment: Experiment, comm: Communicator, checkpoint: Checkpoint | None
+    experiment: Experiment, comm: Communicator, checkpoint: Checkpoint | None, folder: Path
 ) -> TrainingProgram:
     config = experiment.config
     problem = experiment.task.build(comm.n, config.seed)
@@ -244,18 +319,15 @@ def _build(
     )
     if checkpoint is None:
         return program
-    if checkpoint.meta["signature"] != program.signature():
+    here = checkpoint.meta.get("signature"), program.signature()
+    if here[0] != here[1]:
         raise ConfigError(
-            f"--resume: {checkpoint.folder} holds another model "
-            f"({len(checkpoint.meta['signature'])} tensors, this one has "
-            f"{len(program.signature())}, or their names or shapes differ); use its config.yaml"
+            f"--resume: {checkpoint.folder} holds another model than 'task' describes: "
+            f"{_first_difference(*here)}; use the config.yaml of its run"
         )
-    if checkpoint.meta["step"] >= config.steps:
-        raise ConfigError(
-            f"steps: {checkpoint.folder} is at step {checkpoint.meta['step']} already; "
-            f"set steps above it, got {config.steps}"
-        )
-    comm.step, comm.round = checkpoint.meta["step"], checkpoint.meta["round"]
+    _require_steps_left(checkpoint, config.steps, folder)
+    comm.step = checkpoint.meta["step"]
+    comm.round = checkpoint.meta.get("round", comm.step * program.rounds_per_step)
     if elsewhere:
         if comm.transport.process == 0:
             print(
@@ -264,11 +336,54 @@ def _build(
                 file=sys.stderr,
             )
         return program
-    program.restore(checkpoint.rows(comm.ranks), checkpoint.meta["scalars"])
+    rows = checkpoint.rows(comm.ranks)
+    _require_same_state(checkpoint, rows, program)
+    program.restore(rows, checkpoint.meta["scalars"])
     if comm.transport.process == 0:  # the totals so far are process 0's; sums stay right
-        comm.traffic.bytes_sent[0] += checkpoint.meta["traffic"]["bytes_sent"]
-        comm.traffic.messages_sent[0] += checkpoint.meta["traffic"]["messages_sent"]
+        traffic = checkpoint.meta.get("traffic", {})
+        comm.traffic.bytes_sent[0] += traffic.get("bytes_sent", 0)
+        comm.traffic.messages_sent[0] += traffic.get("messages_sent", 0)
     return program
+
+
+def _require_steps_left(checkpoint: Checkpoint, steps: int, folder: Path) -> None:
+    """Refuse a run that is over; one killed between its last checkpoint and its summary is not."""
+    step = checkpoint.meta["step"]
+    in_place = folder.resolve() == checkpoint.folder.resolve().parent.parent
+    unfinished = in_place and not (folder / "summary.json").exists()
+    if step > steps or (step == steps and not unfinished):
+        raise ConfigError(
+            f"steps: {checkpoint.folder} is at step {step} already, got {steps}; set more steps, "
+            f"for example -s steps={2 * step}"
+        )
+
+
+def _require_same_state(
+    checkpoint: Checkpoint, rows: Mapping[str, torch.Tensor], program: TrainingProgram
+) -> None:
+    """Refuse a checkpoint that holds more or less than this algorithm and oracle keep."""
+    expected, _ = program.snapshot()
+    for name in [*(expected.keys() - rows.keys()), *(rows.keys() - expected.keys())]:
+        verb = "lacks" if name in expected else "also holds"
+        raise ConfigError(
+            f"--resume: {checkpoint.folder} {verb} '{name}': it was written with another "
+            "algorithm, optimizer, oracle or model; use the config.yaml of its run"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != rows[name].shape:
+            raise ConfigError(
+                f"--resume: '{name}' is {tuple(rows[name].shape)} in {checkpoint.folder} and "
+                f"{tuple(tensor.shape)} in this run; use the config.yaml of its run"
+            )
+
+
+def _first_difference(theirs: Any, ours: list[list[Any]]) -> str:
+    """Say where two lists of [name, shape] part."""
+    for a, b in itertools.zip_longest(theirs or [], ours):
+        if a != b:
+            spelled = [f"{x[0]} {tuple(x[1])}" if x else "nothing" for x in (a, b)]
+            return f"{spelled[0]} there, {spelled[1]} here"
+    return "it does not say which"
 
 
 def _options(config: RunConfig) -> LoopOptions:

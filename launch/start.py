@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.launch.config import Experiment, RunConfig, apply_overrides, load_yaml
-from gossamer.launch.run import Request, execute, execute_in_child, ranks_of, variants_of
-from gossamer.runtime.checkpoint import Checkpoint
+from gossamer.launch.run import (
+    Request,
+    execute,
+    execute_in_child,
+    ranks_of,
+    resume_from,
+    variants_of,
+)
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.transports.select import detect_launcher
 
@@ -51,7 +57,7 @@ def start_run(
         n = config.ranks or count
         Experiment(config, n).task.build(n, config.seed)
     if resume is not None:
-        Checkpoint.open(resume)
+        resume_from(resume)
     if first.transport == "mpi":
         from gossamer.launch.processes import run_mpi
 
@@ -66,7 +72,13 @@ def _file_of(file: Path | None, resume: Path | None) -> Path:
         return file
     if resume is None:
         raise ConfigError("file: missing; write 'gossamer run FILE'")
-    folder = Checkpoint.open(resume).folder.parent.parent
+    checkpoint = resume_from(resume)
+    folder = resume if checkpoint is None else checkpoint.folder.parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"file: {resume} has no config.yaml beside its checkpoints; give the run's YAML: "
+            f"gossamer run FILE --resume {resume}"
+        )
     return folder / "config.yaml"
 
 
@@ -75,7 +87,7 @@ def _process_count(config: RunConfig) -> int:
         if config.processes not in (None, 1):
             raise ConfigError(
                 f"processes: transport stacked is one process, got {config.processes}; "
-                "use transport: gloo or mpi"
+                "use transport: gloo or mpi, or processes: 1"
             )
         return 1
     count = config.processes or ranks_of(config)

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from gossamer.launch.agreement import SilencedError
+from gossamer.launch.processes import end_siblings
 from gossamer.runtime.errors import CommError, ConfigError
 from gossamer.runtime.loop import Terminated
 from gossamer.runtime.transports.select import detect_launcher, process_index, world_size
@@ -34,6 +35,9 @@ def exit_status(action: Callable[[], int]) -> int:
         if os.environ.get("GOSSAMER_TRACEBACK"):
             traceback.print_exc()
         return _abort()
+    except KeyboardInterrupt:
+        print("gossamer: interrupted", file=sys.stderr, flush=True)
+        return _abort()
     except Exception:
         print(f"gossamer: process {process_index()} failed", file=sys.stderr)
         traceback.print_exc()
@@ -47,5 +51,7 @@ def _abort() -> int:
     if detect_launcher() == "mpi" and world_size() > 1 and "mpi4py.MPI" in sys.modules:
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(1)
     if world_size() > 1:
+        if "GOSSAMER_RENDEZVOUS" not in os.environ:  # else the parent is ours, and watches
+            end_siblings()
         os._exit(1)  # destructors of a broken process group may wait for ever
     return 1

@@ -8,6 +8,7 @@ of processes can read it, since a tensor's rows are found by rank.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -26,10 +27,11 @@ from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.errors import CommError, ConfigError
 from gossamer.runtime.state import Scalar
 
-__all__ = ["Checkpoint", "CheckpointError", "latest", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "discard_after", "latest", "save"]
 
 _FORMAT = 1
 _PREFIX = "step-"
+_MEAN = "mean.safetensors"
 
 
 class CheckpointError(CommError):
@@ -68,18 +70,23 @@ class Checkpoint:
         try:
             meta = json.loads((folder / "checkpoint.json").read_text())
             files = tuple((e["first"], e["last"], folder / e["file"]) for e in meta["files"])
-            sizes = [entry["bytes"] for entry in meta["files"]]
+            sizes = {folder / entry["file"]: entry["bytes"] for entry in meta["files"]}
+            sizes[folder / _MEAN] = meta["mean_bytes"]
+            missing = {"step", "n", "scalars"} - meta.keys()
+            if missing:
+                raise KeyError(*missing)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else error
             raise ConfigError(
-                f"resume: {folder / 'checkpoint.json'} is broken ({error}); "
-                "delete that checkpoint to resume from the one before"
+                f"resume: {folder / 'checkpoint.json'} is broken ({reason}); {_way_out(folder)}"
             ) from error
-        for (_, _, path), size in zip(files, sizes, strict=True):
-            actual = path.stat().st_size if path.is_file() else 0
-            if actual != size:
+        for path, size in sizes.items():
+            if not path.is_file():
+                raise ConfigError(f"resume: {path} is missing; {_way_out(folder)}")
+            if path.stat().st_size != size:
                 raise ConfigError(
-                    f"resume: {path} has {actual} bytes, {size} were written: it was cut short; "
-                    "delete that checkpoint to resume from the one before"
+                    f"resume: {path} has {path.stat().st_size} bytes, {size} were written: it was "
+                    f"cut short; {_way_out(folder)}"
                 )
         return cls(folder, meta, files)
 
@@ -96,13 +103,21 @@ class Checkpoint:
                         rows = file.get_slice(name)[low - first : high - first]
                         parts.setdefault(name, []).append(rows)
             except SafetensorError as error:
-                raise ConfigError(f"resume: {path} is broken: {error}") from error
+                raise ConfigError(
+                    f"resume: {path} is broken ({error}); {_way_out(self.folder)}"
+                ) from error
         return {name: torch.cat(rows) for name, rows in parts.items()}
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean over ranks as a state dict of the module."""
-        with safe_open(self.folder / "mean.safetensors", framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        path = self.folder / _MEAN
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(
+                f"resume: {path} is broken ({error}); {_way_out(self.folder)}"
+            ) from error
 
 
 def save(
@@ -147,7 +162,7 @@ def save(
             rows = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
             _write(partial / name, rows)
             if leader:
-                _write(partial / "mean.safetensors", dict(mean))
+                _write(partial / _MEAN, dict(mean))
     except (OSError, SafetensorError) as error:
         failure = OSError(str(error))
     _agree(comm, failure, partial)
@@ -166,8 +181,41 @@ def save(
 
 def latest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint in ``folder``, or None."""
-    found = sorted(folder.glob(f"{_PREFIX}*/checkpoint.json"))
-    return found[-1].parent if found else None
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints in ``folder`` after ``step``: a run that goes on from there is new.
+
+    Process 0 calls it, newest first: a kill in between leaves a row of checkpoints without a gap.
+    """
+    for path in reversed(_complete(folder)):
+        if int(path.name.removeprefix(_PREFIX)) > step:
+            _remove(path)
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = [p.parent for p in folder.glob(f"{_PREFIX}*/checkpoint.json")]
+    found = [path for path in found if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; renamed first, so that none is ever seen half removed."""
+    stale = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(stale, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what cannot be removed stays, and is whole
+        path.rename(stale)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def _way_out(folder: Path) -> str:
+    """Say what to do about a broken checkpoint."""
+    before = [p for p in _complete(folder.parent) if p.name < folder.name]
+    if before:
+        return f"use the one before: --resume {before[-1]}"
+    return "name another checkpoint, or start without --resume"
 
 
 def _finish(
@@ -185,11 +233,14 @@ def _finish(
     ]
     content = {"format": _FORMAT, "step": comm.step, "n": comm.n, **meta}
     content |= {"scalars": dict(scalars), "files": files}
+    content["mean_bytes"] = (partial / _MEAN).stat().st_size
     path = partial / "checkpoint.json"
     path.write_text(json.dumps(content, indent=1))
     _sync([path, partial])
-    if final.exists():  # a resumed run writes the step it started from again
-        shutil.rmtree(final)
+    if final.exists():  # left by another run of this folder
+        aside = final.with_name(f".{final.name}.aside.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
     partial.rename(final)
     _sync([final.parent])
 
@@ -221,8 +272,8 @@ def _sync(paths: Iterable[Path]) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    complete = sorted(p.parent for p in folder.glob(f"{_PREFIX}*/checkpoint.json"))
+    complete = _complete(folder)
     for old in complete[: max(0, len(complete) - keep)]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     for stale in folder.glob(f".{_PREFIX}*.partial"):
         shutil.rmtree(stale, ignore_errors=True)

@@ -7,7 +7,8 @@ schema, its methods are what it does. State lives elsewhere (in the state that `
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -42,10 +43,27 @@ def validate(cls: type[T], values: dict[str, Any], where: str) -> T:
     Raises:
         ConfigError: ``algorithm.lr: must be greater than 0, got -1``.
     """
+    for key, value in values.items():
+        field = cls.model_fields.get(key)
+        if isinstance(value, bool) and field is not None and _is_number(field.annotation):
+            raise ConfigError(
+                f"{where}{'.' if where else ''}{key}: must be a number, got "
+                f"{str(value).lower()} (YAML reads yes, no, on and off as true and false)"
+            )
     try:
         return cls.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(cls, e, where) for e in error.errors())) from None
+
+
+def _is_number(annotation: Any) -> bool:
+    """Say whether a type takes numbers but no truth values, of which pydantic makes 0 and 1."""
+    if get_origin(annotation) is Annotated:
+        return _is_number(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        choices = [c for c in get_args(annotation) if c is not type(None)]
+        return all(_is_number(choice) for choice in choices)
+    return annotation in (int, float)
 
 
 def _explain(cls: type[BaseModel], error: Any, where: str) -> str:
@@ -56,7 +74,26 @@ def _explain(cls: type[BaseModel], error: Any, where: str) -> str:
         described = cls.model_fields.get(str(error["loc"][-1]))
         hint = f" ({described.description.strip()})" if described and described.description else ""
         return f"{field}: missing{hint}; add '{error['loc'][-1]}: ...'"
+    if error["type"] == "invalid_key":
+        return f"{field}: a field's name must be text, got {error['input']!r}"
+    given = error["input"]
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if message.startswith(("a ", "an ", "'", "greater", "less", "valid")):
+    if error["type"] in _WHOLE:
+        message = "must be a whole number"
+        if isinstance(given, str) and _as_whole(given) is not None:
+            message += f" (YAML reads {given} as text; write {_as_whole(given)})"
+    elif message.startswith(("a ", "an ", "'", "greater", "less", "valid", "finite")):
         message = "must be " + message
-    return f"{field}: {message}, got {error['input']!r}"
+    return f"{field}: {message}, got {given!r}"
+
+
+_WHOLE = ("int_type", "int_parsing", "int_from_float")
+
+
+def _as_whole(text: str) -> int | None:
+    """Return the whole number that ``1e3`` or ``1.0e3`` means."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None

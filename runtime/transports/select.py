@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.errors import ConfigError, nearest
 from gossamer.runtime.transports.base import Transport
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "detect_launcher",
     "open_transport",
     "process_index",
+    "transport_name",
     "world_size",
 ]
 
@@ -61,41 +62,74 @@ def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport
     Raises:
         ConfigError: unknown name, or one that does not fit how the program was started.
     """
-    launcher = detect_launcher()
-    if name not in TRANSPORTS:
-        raise ConfigError(f"transport: unknown transport '{name}'; use one of {list(TRANSPORTS)}")
-    if name == "auto":
-        name = {"none": "stacked", "mpi": "mpi"}.get(launcher, _torch_backend())
+    launcher, name = detect_launcher(), transport_name(name)
     if name == "stacked":
         from gossamer.runtime.transports.stacked import StackedTransport
 
-        if world_size() > 1:
-            raise ConfigError(
-                f"transport: stacked runs in one process, but {launcher} started {world_size()}; "
-                "use transport: auto"
-            )
         return StackedTransport()
     if name == "mpi":
         from gossamer.runtime.transports.mpi import MPITransport
 
-        return MPITransport()
+        transport = MPITransport()
+        if transport.processes < world_size():
+            raise ConfigError(
+                f"transport: mpi sees {transport.processes} of the {world_size()} processes: "
+                "mpirun and mpi4py's MPI library are not of one kind; start with the mpirun of "
+                "that library, or set MPI4PY_MPIABI and LD_LIBRARY_PATH"
+            )
+        return transport
     from gossamer.runtime.transports.torch_distributed import GlooTransport, NcclTransport
 
-    _set_torch_variables(launcher, name)
+    _set_torch_variables(launcher)
     return (NcclTransport if name == "nccl" else GlooTransport)(timeout_s)
+
+
+def transport_name(name: str) -> str:
+    """Return the transport behind ``name`` (``auto`` follows the launcher), opening nothing.
+
+    Raises:
+        ConfigError: unknown name, or one that does not fit how the program was started; every
+            process finds the same.
+    """
+    launcher = detect_launcher()
+    if name not in TRANSPORTS:
+        raise ConfigError(f"transport: unknown transport '{name}'{nearest(name, TRANSPORTS)}")
+    if name == "auto":
+        return {"none": "stacked", "mpi": "mpi"}.get(launcher) or _torch_backend()
+    if name == "stacked" and world_size() > 1:
+        raise ConfigError(
+            f"transport: stacked runs in one process, but {launcher} started {world_size()}; "
+            "use transport: auto"
+        )
+    if name == "mpi" and launcher == "torchrun" and world_size() > 1:
+        raise ConfigError(
+            f"transport: mpi cannot join the {world_size()} processes of torchrun; use "
+            "transport: auto, or start with mpirun"
+        )
+    if name == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("transport: nccl needs a GPU per process, none here; use gloo")
+    if name in ("gloo", "nccl") and launcher == "none":
+        raise ConfigError(
+            f"transport: {name} needs several processes; start with torchrun or mpirun, or let "
+            "'gossamer run --processes N' start them; one process is transport: stacked"
+        )
+    if name in ("gloo", "nccl") and launcher == "mpi":
+        for variable in ("MASTER_ADDR", "MASTER_PORT"):
+            if variable not in os.environ:
+                raise ConfigError(
+                    f"transport: {name} under mpirun needs {variable} in the environment: export "
+                    "MASTER_ADDR (the first node's name) and MASTER_PORT (a free port), or use "
+                    "transport: mpi"
+                )
+    return name
 
 
 def _torch_backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def _set_torch_variables(launcher: Launcher, name: str) -> None:
+def _set_torch_variables(launcher: Launcher) -> None:
     """Give torch.distributed the variables it reads, from the launcher's own."""
-    if launcher == "none":
-        raise ConfigError(
-            f"transport: {name} needs several processes; start with torchrun or mpirun, or let "
-            "'gossamer run --processes N' start them"
-        )
     if launcher == "mpi":
         rank = _first("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
         local = _first("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", default="0")
@@ -109,12 +143,6 @@ def _set_torch_variables(launcher: Launcher, name: str) -> None:
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
         # One port per job, the same on every node without asking anyone.
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-    for variable in ("MASTER_ADDR", "MASTER_PORT"):
-        if variable not in os.environ:
-            raise ConfigError(
-                f"transport: {name} under {launcher} needs {variable} in the environment: "
-                "export MASTER_ADDR (the first node's name) and MASTER_PORT (a free port)"
-            )
     os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local)
 
 

@@ -61,16 +61,23 @@ class TorchTransport:
     def __init__(self, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._owns_default = not dist.is_initialized()
-        if self._owns_default:
-            dist.init_process_group(
-                self.name,
-                init_method=os.environ.get("GOSSAMER_RENDEZVOUS"),
-                rank=int(os.environ["RANK"]),
-                world_size=int(os.environ["WORLD_SIZE"]),
-                timeout=self._timeout,
-                device_id=self._device() if self.name == "nccl" else None,
-            )
-        self._group = dist.new_group(backend=self.name, timeout=self._timeout)
+        try:
+            if self._owns_default:
+                dist.init_process_group(
+                    self.name,
+                    init_method=os.environ.get("GOSSAMER_RENDEZVOUS"),
+                    rank=int(os.environ["RANK"]),
+                    world_size=int(os.environ["WORLD_SIZE"]),
+                    timeout=self._timeout,
+                    device_id=self._device() if self.name == "nccl" else None,
+                )
+            self._group = dist.new_group(backend=self.name, timeout=self._timeout)
+        except RuntimeError as error:  # a DistStoreError where some never came
+            raise CommError(
+                f"start: the {os.environ.get('WORLD_SIZE', '?')} processes did not all meet within "
+                f"{timeout_s:g} s ({self.name}: {str(error).splitlines()[0]}); see whether one of "
+                "them failed, or set a longer timeout_s"
+            ) from error
         self.process = dist.get_rank()
         self.processes = dist.get_world_size()
         self.device = self._device()
