@@ -1,8 +1,15 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
-#include <stdexcept>
+#include <optional>
+#include <span>
+#include <tuple>
+#include <vector>
 
 #include "philox.h"
 #include "weighted_sum.h"
@@ -21,26 +28,77 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void weighted_sum(std::uintptr_t rows, std::size_t num_rows, std::uintptr_t indptr,
-                  std::uintptr_t columns, std::uintptr_t weights, std::uintptr_t out,
-                  std::size_t num_out, std::uintptr_t addend, double a, std::size_t d, int dtype,
-                  bool wide, bool staged) {
-  const gossamer::WeightedSum job{
-      .rows = pointer<const std::uintptr_t>(rows),
-      .indptr = pointer<const std::int64_t>(indptr),
-      .columns = pointer<const std::int64_t>(columns),
-      .weights = pointer<const double>(weights),
-      .out = pointer<const std::uintptr_t>(out),
-      .num_out = num_out,
-      .addend = pointer<const std::uintptr_t>(addend),
+template <typename T>
+using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+// (address, rows, bytes from one row to the next)
+using RowsTuple = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
+
+gossamer::Rows to_rows(const RowsTuple& rows) {
+  return {std::get<0>(rows), std::get<1>(rows), std::get<2>(rows)};
+}
+
+template <typename T>
+std::span<const T> to_span(const Array<T>& array) {
+  return {array.data(), array.size()};
+}
+
+std::vector<gossamer::Rows> to_blocks(const std::vector<RowsTuple>& blocks) {
+  std::vector<gossamer::Rows> rows;
+  for (const RowsTuple& block : blocks) rows.push_back(to_rows(block));
+  return rows;
+}
+
+void weighted_sum(const std::vector<RowsTuple>& blocks, const Array<std::int64_t>& indptr,
+                  const Array<std::int64_t>& columns, const Array<double>& weights,
+                  const RowsTuple& out, const std::optional<RowsTuple>& addend, double a,
+                  std::size_t d, int dtype, bool wide, std::size_t num_threads) {
+  gossamer::WeightedSum job{
+      .blocks = to_blocks(blocks),
+      .indptr = to_span(indptr),
+      .columns = to_span(columns),
+      .weights = to_span(weights),
+      .out = to_rows(out),
+      .addend = std::nullopt,
       .a = a,
       .d = d,
-      .num_rows = num_rows,
+      .dtype = static_cast<Dtype>(dtype),
       .wide = wide,
-      .staged = staged,
   };
+  if (addend) job.addend = to_rows(*addend);
   nb::gil_scoped_release release;
-  gossamer::weighted_sum(job, static_cast<Dtype>(dtype));
+  gossamer::weighted_sum(job, num_threads);
+}
+
+// Row r of `out` = sum over blocks k, in order, of weight (r, k) * row r of block k. `weights` has
+// one number per block, or one per row and block.
+void combine(const std::vector<RowsTuple>& blocks, const Array<double>& weights,
+             const RowsTuple& out, std::size_t d, int dtype, std::size_t num_threads) {
+  const std::size_t count = blocks.size(), rows = std::get<1>(out);
+  const std::size_t row_step = weights.size() == count ? 0 : count;
+  nb::gil_scoped_release release;
+  std::vector<std::int64_t> indptr{0}, columns;
+  std::vector<double> all_weights;
+  for (std::size_t r = 0; r < rows; ++r) {
+    for (std::size_t k = 0; k < count; ++k) {
+      columns.push_back(static_cast<std::int64_t>(k * rows + r));
+      all_weights.push_back(weights.data()[r * row_step + k]);
+    }
+    indptr.push_back(static_cast<std::int64_t>(columns.size()));
+  }
+  gossamer::weighted_sum(
+      {
+          .blocks = to_blocks(blocks),
+          .indptr = indptr,
+          .columns = columns,
+          .weights = all_weights,
+          .out = to_rows(out),
+          .addend = std::nullopt,
+          .a = 0,
+          .d = d,
+          .dtype = static_cast<Dtype>(dtype),
+          .wide = false,
+      },
+      num_threads);
 }
 
 enum class Distribution : int { kUniform = 0, kNormal = 1, kRademacher = 2 };
@@ -63,17 +121,18 @@ NB_MODULE(_C, m) {
   m.doc() =
       "Compiled kernels; call them through gossamer.runtime.native, which checks the arguments.";
   m.def("instruction_set", &gossamer::instruction_set, "The instruction set the kernels use here.");
-  m.def("weighted_sum", &weighted_sum, "rows"_a, "num_rows"_a, "indptr"_a, "columns"_a, "weights"_a,
-        "out"_a, "num_out"_a, "addend"_a, "a"_a, "d"_a, "dtype"_a, "wide"_a, "staged"_a);
+  m.def("weighted_sum", &weighted_sum, "blocks"_a, "indptr"_a, "columns"_a, "weights"_a, "out"_a,
+        "addend"_a.none(), "a"_a, "d"_a, "dtype"_a, "wide"_a, "num_threads"_a);
+  m.def("combine", &combine, "blocks"_a, "weights"_a, "out"_a, "d"_a, "dtype"_a, "num_threads"_a);
   m.def(
       "row_dot",
-      [](std::uintptr_t x, std::uintptr_t y, std::size_t num_rows, std::size_t d, int dtype,
-         std::uintptr_t out) {
+      [](const RowsTuple& x, const RowsTuple& y, std::size_t d, int dtype, std::uintptr_t out,
+         std::size_t num_threads) {
         nb::gil_scoped_release release;
-        gossamer::row_dot(pointer<const std::uintptr_t>(x), pointer<const std::uintptr_t>(y),
-                          num_rows, d, static_cast<Dtype>(dtype), pointer<double>(out));
+        gossamer::row_dot(to_rows(x), to_rows(y), d, static_cast<Dtype>(dtype),
+                          pointer<double>(out), num_threads);
       },
-      "x"_a, "y"_a, "num_rows"_a, "d"_a, "dtype"_a, "out"_a);
+      "x"_a, "y"_a, "d"_a, "dtype"_a, "out"_a, "num_threads"_a);
   m.def("philox4x32", &gossamer::philox4x32, "counter"_a, "key"_a,
         "One Philox4x32-10 block: four 32-bit words.");
   m.def(

@@ -76,9 +76,9 @@ void fill_rademacher(T* out, std::size_t n, std::uint64_t begin, const Stream& s
   });
 }
 
-#define GOSSAMER_INSTANTIATE(T)                                                            \
-  template void fill_uniform<T>(T*, std::size_t, std::uint64_t, const Stream&);            \
-  template void fill_normal<T>(T*, std::size_t, std::uint64_t, const Stream&);             \
+#define GOSSAMER_INSTANTIATE(T)                                                 \
+  template void fill_uniform<T>(T*, std::size_t, std::uint64_t, const Stream&); \
+  template void fill_normal<T>(T*, std::size_t, std::uint64_t, const Stream&);  \
   template void fill_rademacher<T>(T*, std::size_t, std::uint64_t, const Stream&);
 GOSSAMER_INSTANTIATE(float)
 GOSSAMER_INSTANTIATE(double)

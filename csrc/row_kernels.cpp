@@ -2,11 +2,15 @@
 // fixed number of lanes, so that each set, whatever its vectors' width, computes the same bits.
 #include "row_kernels.h"
 
-#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <memory>
+#include <span>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #define GOSSAMER_STRING2(x) #x
 #define GOSSAMER_STRING(x) GOSSAMER_STRING2(x)
@@ -16,15 +20,28 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr std::size_t kVectorBytes = 64;
+void stream_vector(float* p, __m512 v) { _mm512_stream_ps(p, v); }
+void stream_vector(double* p, __m512d v) { _mm512_stream_pd(p, v); }
 #elif defined(__AVX2__)
 constexpr std::size_t kVectorBytes = 32;
+void stream_vector(float* p, __m256 v) { _mm256_stream_ps(p, v); }
+void stream_vector(double* p, __m256d v) { _mm256_stream_pd(p, v); }
 #else
 constexpr std::size_t kVectorBytes = 16;
+#if defined(__SSE2__)
+void stream_vector(float* p, __m128 v) { _mm_stream_ps(p, v); }
+void stream_vector(double* p, __m128d v) { _mm_stream_pd(p, v); }
+#endif
+#endif
+#if defined(__SSE2__)
+constexpr bool kHasStream = true;
+void stream_fence() { _mm_sfence(); }
+#else
+constexpr bool kHasStream = false;
 #endif
 
-constexpr std::size_t kTile = 64;             // elements whose accumulators stay in registers
-constexpr std::size_t kBlockBytes = 1 << 20;  // sources and scratch of a block stay in L2
-constexpr std::size_t kMinBlockBytes = 512;   // below this, rows are read in too small pieces
+constexpr std::size_t kTile = 64;  // elements whose accumulators stay in registers
+constexpr std::size_t kLineBytes = 64;
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -57,11 +74,12 @@ Vec<Acc> load(const T* p) {
     Raw<std::uint16_t, Acc> raw;
     std::memcpy(&raw, p, sizeof raw);
     const auto wide = __builtin_convertvector(raw, Raw<std::uint32_t, Acc>) << 16;
-    return __builtin_convertvector(reinterpret_cast<const Raw<float, Acc>&>(wide), Vec<Acc>);
+    return __builtin_convertvector(std::bit_cast<Raw<float, Acc>>(wide), Vec<Acc>);
   } else {
     Raw<T, Acc> raw;
     std::memcpy(&raw, p, sizeof raw);
-    return __builtin_convertvector(raw, Vec<Acc>);
+    const auto single = __builtin_convertvector(raw, Raw<float, Acc>);
+    return __builtin_convertvector(single, Vec<Acc>);
   }
 }
 
@@ -76,10 +94,17 @@ template <typename T, typename Acc>
 void store(T* p, Vec<Acc> v) {
   if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(p, &v, sizeof v);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    for (std::size_t i = 0; i < kLanes<Acc>; ++i) p[i] = to_bfloat16(static_cast<float>(v[i]));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {  // to_bfloat16(), lane by lane
+    using Words = Raw<std::uint32_t, Acc>;
+    const auto x = __builtin_convertvector(v, Raw<float, Acc>);
+    const auto bits = std::bit_cast<Words>(x);
+    const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const Words chosen = x == x ? rounded : Words{} + 0x7FC0;
+    const auto raw = __builtin_convertvector(chosen, Raw<std::uint16_t, Acc>);
+    std::memcpy(p, &raw, sizeof raw);
   } else {
-    const auto raw = __builtin_convertvector(v, Raw<T, Acc>);
+    const auto single = __builtin_convertvector(v, Raw<float, Acc>);
+    const auto raw = __builtin_convertvector(single, Raw<T, Acc>);
     std::memcpy(p, &raw, sizeof raw);
   }
 }
@@ -95,95 +120,123 @@ Acc load_one(const T* p) {
 
 template <typename T, typename Acc>
 void store_one(T* p, Acc v) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    *p = v;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
     *p = to_bfloat16(static_cast<float>(v));
   } else {
-    *p = static_cast<T>(v);
+    *p = static_cast<T>(static_cast<float>(v));
+  }
+}
+
+// A store that leaves the cache alone: the line is not read first. `p` is a multiple of
+// kVectorBytes.
+template <typename T, typename Acc>
+void stream(T* p, Vec<Acc> v) {
+  if constexpr (kHasStream && std::is_same_v<T, Acc>) {
+    stream_vector(p, v);
+  } else {
+    store<T, Acc>(p, v);
   }
 }
 
 template <typename T>
-const T* at(std::uintptr_t row, std::size_t offset) {
-  return reinterpret_cast<const T*>(row) + offset;
+const T* at(const Term& term, std::size_t offset) {
+  return reinterpret_cast<const T*>(term.row) + offset;
 }
 
-// out[0..len) = the terms of output r at columns [begin, begin + len).
-template <typename T, typename Acc>
-void sum_row(const WeightedSum& job, std::size_t r, std::size_t begin, std::size_t len, T* out) {
-  const std::int64_t first = job.indptr[r], last = job.indptr[r + 1];
-  const Acc a = static_cast<Acc>(job.a);
+// Into cache what the next output reads at `offset`: rows far apart defeat the hardware's guess.
+template <typename T>
+void prefetch(std::span<const Term> terms, std::size_t offset) {
+  for (const Term& term : terms) {
+    const auto* line = reinterpret_cast<const char*>(at<T>(term, offset));
+    for (std::size_t b = 0; b < kTile * sizeof(T); b += kLineBytes) __builtin_prefetch(line + b);
+  }
+}
+
+// out[0..len) = the sum of the terms at columns [begin, begin + len).
+template <typename T, typename Acc, bool kStream>
+void sum_row(std::span<const Term> terms, std::span<const Term> next, std::size_t begin,
+             std::size_t len, T* out) {
   constexpr std::size_t kVectors = kTile / kLanes<Acc>;
   std::size_t i = 0;
   for (; i + kTile <= len; i += kTile) {
+    prefetch<T>(next, begin + i);
     Vec<Acc> acc[kVectors] = {};
-    for (std::int64_t e = first; e < last; ++e) {
-      const Acc w = static_cast<Acc>(job.weights[e]);
-      const T* x = at<T>(job.rows[job.columns[e]], begin + i);
-      if (e == first) {  // not 0 + w x, which would turn -0 into +0
+    bool first = true;
+    for (const Term& term : terms) {
+      const Acc w = static_cast<Acc>(term.weight);
+      const T* x = at<T>(term, begin + i);
+      if (first) {  // not 0 + w x, which would turn -0 into +0
         for (std::size_t v = 0; v < kVectors; ++v) acc[v] = w * load<T, Acc>(x + v * kLanes<Acc>);
       } else {
         for (std::size_t v = 0; v < kVectors; ++v) acc[v] += w * load<T, Acc>(x + v * kLanes<Acc>);
       }
-    }
-    if (job.addend != nullptr) {
-      const T* y = at<T>(job.addend[r], begin + i);
-      for (std::size_t v = 0; v < kVectors; ++v) acc[v] += a * load<T, Acc>(y + v * kLanes<Acc>);
+      first = false;
     }
     for (std::size_t v = 0; v < kVectors; ++v) {
-      store<T, Acc>(out + i + v * kLanes<Acc>, acc[v]);
+      T* to = out + i + v * kLanes<Acc>;
+      kStream ? stream<T, Acc>(to, acc[v]) : store<T, Acc>(to, acc[v]);
     }
   }
   for (; i < len; ++i) {
     Acc acc = 0;
-    for (std::int64_t e = first; e < last; ++e) {
-      const Acc w = static_cast<Acc>(job.weights[e]);
-      const Acc term = w * load_one<T, Acc>(at<T>(job.rows[job.columns[e]], begin + i));
-      acc = e == first ? term : acc + term;
+    bool first = true;
+    for (const Term& term : terms) {
+      const Acc product = static_cast<Acc>(term.weight) * load_one<T, Acc>(at<T>(term, begin + i));
+      acc = first ? product : acc + product;
+      first = false;
     }
-    if (job.addend != nullptr) acc += a * load_one<T, Acc>(at<T>(job.addend[r], begin + i));
     store_one<T, Acc>(out + i, acc);
   }
 }
 
-// Columns go in blocks small enough that a source row read for one output is still in cache for
-// the next: memory is read once and written once, whatever the degree.
 template <typename T, typename Acc>
-void run(const WeightedSum& job) {
-  const std::size_t rows = std::max<std::size_t>(1, job.num_rows + (job.staged ? job.num_out : 0));
-  std::size_t block = std::max(kBlockBytes / rows, kMinBlockBytes) / sizeof(T);
-  block = std::max(kTile, block / kTile * kTile);
-  block = std::min(block, job.d);
-  std::unique_ptr<T[]> scratch;
-  if (job.staged) scratch = std::make_unique_for_overwrite<T[]>(job.num_out * block);
-  for (std::size_t begin = 0; begin < job.d; begin += block) {
-    const std::size_t len = std::min(block, job.d - begin);
-    for (std::size_t r = 0; r < job.num_out; ++r) {
-      T* direct = reinterpret_cast<T*>(job.out[r]) + begin;
-      sum_row<T, Acc>(job, r, begin, len, job.staged ? scratch.get() + r * block : direct);
+void sum_block(const Schedule& schedule, const Block& block) {
+  const std::size_t begin = block.begin, len = block.len;
+  auto* scratch = static_cast<T*>(block.scratch);
+  const std::span<const Term> all = schedule.terms;
+  const auto terms_of = [&](std::size_t r) {
+    if (r >= schedule.outputs.size()) return std::span<const Term>();
+    const Schedule::Output& output = schedule.outputs[r];
+    return all.subspan(output.first_term, output.last_term - output.first_term);
+  };
+  for (std::size_t r = 0; r < schedule.outputs.size(); ++r) {
+    const Schedule::Output& output = schedule.outputs[r];
+    const auto terms = terms_of(r);
+    const auto next = block.prefetch ? terms_of(r + 1) : std::span<const Term>();
+    T* direct = reinterpret_cast<T*>(output.row) + begin;
+    if (output.slot != Schedule::kDirect) {
+      sum_row<T, Acc, false>(terms, next, begin, len, scratch + output.slot * len);
+    } else if (block.stream && reinterpret_cast<std::uintptr_t>(direct) % kVectorBytes == 0) {
+      sum_row<T, Acc, true>(terms, next, begin, len, direct);
+    } else {
+      sum_row<T, Acc, false>(terms, next, begin, len, direct);
     }
-    if (!job.staged) continue;
-    for (std::size_t r = 0; r < job.num_out; ++r) {
-      std::memcpy(reinterpret_cast<T*>(job.out[r]) + begin, scratch.get() + r * block,
+    for (std::size_t s = output.first_store; s < output.last_store; ++s) {
+      const Schedule::Output& ready = schedule.outputs[schedule.stores[s]];
+      std::memcpy(reinterpret_cast<T*>(ready.row) + begin, scratch + ready.slot * len,
                   len * sizeof(T));
     }
   }
+  if constexpr (kHasStream) stream_fence();
 }
 
 template <typename T>
-void run_any(const WeightedSum& job) {
-  job.wide ? run<T, double>(job) : run<T, float>(job);
+void sum_any(const Schedule& schedule, const Block& block, bool wide) {
+  wide ? sum_block<T, double>(schedule, block) : sum_block<T, float>(schedule, block);
 }
 
-void weighted_sum(const WeightedSum& job, Dtype dtype) {
+void sum_rows(const Schedule& schedule, const Block& block, Dtype dtype, bool wide) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return run_any<float>(job);
+      return sum_any<float>(schedule, block, wide);
     case Dtype::kFloat64:
-      return run<double, double>(job);
+      return sum_block<double, double>(schedule, block);
     case Dtype::kBFloat16:
-      return run_any<BFloat16>(job);
+      return sum_any<BFloat16>(schedule, block, wide);
     case Dtype::kFloat16:
-      return run_any<_Float16>(job);
+      return sum_any<_Float16>(schedule, block, wide);
   }
 }
 
@@ -210,28 +263,25 @@ double dot(const T* x, const T* y, std::size_t d) {
   return sum;
 }
 
-template <typename T>
-void dots(const std::uintptr_t* x, const std::uintptr_t* y, std::size_t num_rows, std::size_t d,
-          double* out) {
-  for (std::size_t r = 0; r < num_rows; ++r) out[r] = dot<T>(at<T>(x[r], 0), at<T>(y[r], 0), d);
-}
-
-void row_dot(const std::uintptr_t* x, const std::uintptr_t* y, std::size_t num_rows, std::size_t d,
-             Dtype dtype, double* out) {
+double dot_row(std::uintptr_t x, std::uintptr_t y, std::size_t d, Dtype dtype) {
+  const auto as = [&]<typename T>(T) {
+    return dot(reinterpret_cast<const T*>(x), reinterpret_cast<const T*>(y), d);
+  };
   switch (dtype) {
     case Dtype::kFloat32:
-      return dots<float>(x, y, num_rows, d, out);
+      return as(float{});
     case Dtype::kFloat64:
-      return dots<double>(x, y, num_rows, d, out);
+      return as(double{});
     case Dtype::kBFloat16:
-      return dots<BFloat16>(x, y, num_rows, d, out);
+      return as(BFloat16{});
     case Dtype::kFloat16:
-      return dots<_Float16>(x, y, num_rows, d, out);
+      return as(_Float16{});
   }
+  return 0;
 }
 
 }  // namespace
 
-extern const RowKernels kKernels{GOSSAMER_STRING(GOSSAMER_ISA), weighted_sum, row_dot};
+extern const RowKernels kKernels{GOSSAMER_STRING(GOSSAMER_ISA), sum_rows, dot_row};
 
 }  // namespace gossamer::GOSSAMER_ISA

@@ -1,12 +1,26 @@
 #include "weighted_sum.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #include "row_kernels.h"
+#include "schedule.h"
 
 namespace gossamer {
 namespace {
+
+constexpr std::size_t kCacheBytes = 384 << 10;    // what a block may use of a core's L2
+constexpr std::size_t kMinBlockBytes = 2 << 10;   // shorter pieces of rows are read too slowly
+constexpr std::size_t kAlign = 64;                // blocks are whole cache lines in every dtype
+constexpr std::size_t kStreamBytes = 16 << 20;    // outputs larger than this go past the caches
+constexpr std::size_t kBytesPerThread = 4 << 20;  // a thread starts in the time this much takes
 
 // GOSSAMER_ISA in the environment forces a set (tests compare their bits); an unknown or
 // unsupported one is ignored in favour of the best.
@@ -30,13 +44,71 @@ const RowKernels& kernels() {
   return chosen;
 }
 
+// Calls work(i, thread) for i < count on `num_threads` threads, this one (0) included. Which thread
+// does what is left to chance: no result may depend on it.
+void for_each(std::size_t count, std::size_t num_threads,
+              const std::function<void(std::size_t, std::size_t)>& work) {
+  std::atomic<std::size_t> next = 0;
+  const auto run = [&](std::size_t thread) {
+    for (std::size_t i = next++; i < count; i = next++) work(i, thread);
+  };
+  std::vector<std::jthread> helpers;
+  try {
+    for (std::size_t k = 1; k < num_threads; ++k) helpers.emplace_back(run, k);
+  } catch (const std::system_error&) {
+    // The system allows no more threads: those there are do the work.
+  }
+  run(0);
+}
+
+std::size_t threads_for(std::size_t work_bytes, std::size_t num_threads) {
+  return std::clamp<std::size_t>(work_bytes / kBytesPerThread, 1,
+                                 std::max<std::size_t>(num_threads, 1));
+}
+
+std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
 }  // namespace
 
-void weighted_sum(const WeightedSum& job, Dtype dtype) { kernels().weighted_sum(job, dtype); }
+void weighted_sum(const WeightedSum& job, std::size_t num_threads) {
+  if (job.out.count == 0 || job.d == 0) return;
+  const Schedule schedule(job);
+  const std::size_t element_bytes = size_bytes(job.dtype);
+  num_threads = threads_for(schedule.terms.size() * job.d * element_bytes, num_threads);
 
-void row_dot(const std::uintptr_t* x, const std::uintptr_t* y, std::size_t num_rows, std::size_t d,
-             Dtype dtype, double* out) {
-  kernels().row_dot(x, y, num_rows, d, dtype, out);
+  // Columns go in blocks so narrow that a row read for one output is still in cache for the last
+  // that needs it: memory is read once and written once, whatever the degree. Where neighbours are
+  // near in rank few rows are live, and a block is a whole row.
+  const std::size_t live = std::max<std::size_t>(schedule.max_live, 1);
+  std::size_t width = std::max(kCacheBytes / live, kMinBlockBytes) / element_bytes;
+  width = ceil_div(std::min(width, ceil_div(job.d, num_threads)), kAlign) * kAlign;
+  const std::size_t slots_bytes = schedule.num_slots * width * element_bytes;
+  const auto scratch = std::make_unique_for_overwrite<std::byte[]>(num_threads * slots_bytes);
+
+  Block block{
+      .stream = !schedule.in_place && job.out.count * job.d * element_bytes > kStreamBytes,
+      .prefetch = live * width * element_bytes > kCacheBytes,
+  };
+  for_each(ceil_div(job.d, width), num_threads, [&](std::size_t i, std::size_t thread) {
+    Block mine = block;
+    mine.begin = i * width;
+    mine.len = std::min(width, job.d - mine.begin);
+    mine.scratch = scratch.get() + thread * slots_bytes;
+    kernels().sum_rows(schedule, mine, job.dtype, job.wide);
+  });
+}
+
+void row_dot(const Rows& x, const Rows& y, std::size_t d, Dtype dtype, double* out,
+             std::size_t num_threads) {
+  const std::size_t work_bytes = 2 * x.count * d * size_bytes(dtype);
+  num_threads = threads_for(work_bytes, num_threads);
+  const std::size_t rows = ceil_div(x.count, 4 * num_threads);  // a few pieces each, for balance
+  for_each(ceil_div(x.count, std::max<std::size_t>(rows, 1)), num_threads,
+           [&](std::size_t i, std::size_t) {
+             for (std::size_t r = i * rows; r < std::min((i + 1) * rows, x.count); ++r) {
+               out[r] = kernels().dot_row(x.row(r), y.row(r), d, dtype);
+             }
+           });
 }
 
 const char* instruction_set() noexcept { return kernels().name; }

@@ -1,40 +1,62 @@
 // Weighted sums and inner products of rows: the arithmetic of every transport.
 //
 // The bits are a contract (they do not depend on the transport, on how ranks are split over
-// processes, on how many rows stand together, nor on the instruction set): terms are added in the
-// order given, each product and each sum rounded separately, in float for float, bfloat16 and
-// float16 rows (or double on request) and in double for double rows; weights are rounded once to
-// the accumulator's type.
+// processes, on how many rows stand together, nor on the instruction set or the number of threads):
+// terms are added in the order given, each product and each sum rounded separately, in float for
+// float, bfloat16 and float16 rows (or double on request) and in double for double rows; weights
+// are rounded once to the accumulator's type; a 16-bit result is rounded from float.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
 
 namespace gossamer {
 
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-struct WeightedSum {
-  const std::uintptr_t* rows;    // row table: addresses of rows of d elements
-  const std::int64_t* indptr;    // (num_out + 1): the terms of output r are indptr[r]..indptr[r+1]
-  const std::int64_t* columns;   // per term, its place in the row table
-  const double* weights;         // per term
-  const std::uintptr_t* out;     // addresses of the num_out output rows
-  std::size_t num_out;
-  const std::uintptr_t* addend;  // null, or num_out rows y: a * y is added last
-  double a;
-  std::size_t d;
-  std::size_t num_rows;          // size of the row table
-  bool wide;                     // accumulate in double whatever the dtype
-  bool staged;  // some output row is a source of another output: go through a block of scratch
+[[nodiscard]] constexpr std::size_t size_bytes(Dtype dtype) noexcept {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// `count` rows, each contiguous, the next one `stride_bytes` further. Any alignment.
+struct Rows {
+  std::uintptr_t address;
+  std::size_t count;
+  std::size_t stride_bytes;
+
+  [[nodiscard]] std::uintptr_t row(std::size_t r) const noexcept {
+    return address + r * stride_bytes;
+  }
 };
 
-// Rows may have any alignment; an output may be its own source without `staged`.
-void weighted_sum(const WeightedSum& job, Dtype dtype);
+struct WeightedSum {
+  std::vector<Rows> blocks;               // their rows, one after another, are the row table
+  std::span<const std::int64_t> indptr;   // the terms of output r are indptr[r]..indptr[r + 1]
+  std::span<const std::int64_t> columns;  // per term, its place in the row table
+  std::span<const double> weights;        // per term
+  Rows out;
+  std::optional<Rows> addend;  // rows y, one per output: a * y is added last
+  double a;
+  std::size_t d;  // elements of a row
+  Dtype dtype;
+  bool wide;  // accumulate in double whatever the dtype
+};
+
+// An output row may be a source of any outputs: it is then stored when the last of them has read
+// it. It must not overlap a source in part. Rows do not overlap each other.
+//
+// Uses up to `num_threads` threads, fewer for small work. Allocates scratch for a
+// block of columns of the rows that have to wait, 2 KiB or less of each where they are many. Throws
+// std::invalid_argument, with nothing written, where a term names no row of the table or an output
+// overlaps a source in part.
+void weighted_sum(const WeightedSum& job, std::size_t num_threads);
 
 // out[r] = sum_i x[r][i] * y[r][i], accumulated in double in 32 fixed lanes and a fixed tree.
-void row_dot(const std::uintptr_t* x, const std::uintptr_t* y, std::size_t num_rows, std::size_t d,
-             Dtype dtype, double* out);
+void row_dot(const Rows& x, const Rows& y, std::size_t d, Dtype dtype, double* out,
+             std::size_t num_threads);
 
 // The instruction set chosen on this machine: "avx512", "avx2" or "baseline".
 const char* instruction_set() noexcept;

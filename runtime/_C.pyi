@@ -3,14 +3,20 @@ Compiled kernels; call them through gossamer.runtime.native, which checks the ar
 """
 
 from collections.abc import Sequence
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
 
 
 def instruction_set() -> str:
     """The instruction set the kernels use here."""
 
-def weighted_sum(rows: int, num_rows: int, indptr: int, columns: int, weights: int, out: int, num_out: int, addend: int, a: float, d: int, dtype: int, wide: bool, staged: bool) -> None: ...
+def weighted_sum(blocks: Sequence[tuple[int, int, int]], indptr: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], columns: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu', writable=False)], out: tuple[int, int, int], addend: tuple[int, int, int] | None, a: float, d: int, dtype: int, wide: bool, num_threads: int) -> None: ...
 
-def row_dot(x: int, y: int, num_rows: int, d: int, dtype: int, out: int) -> None: ...
+def combine(blocks: Sequence[tuple[int, int, int]], weights: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu', writable=False)], out: tuple[int, int, int], d: int, dtype: int, num_threads: int) -> None: ...
+
+def row_dot(x: tuple[int, int, int], y: tuple[int, int, int], d: int, dtype: int, out: int, num_threads: int) -> None: ...
 
 def philox4x32(counter: Sequence[int], key: int) -> list[int]:
     """One Philox4x32-10 block: four 32-bit words."""

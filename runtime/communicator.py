@@ -289,7 +289,6 @@ class Communicator(RankGroup):
                     plan.terms,
                     out,
                     axpy=axpy if k == rounds - 1 else None,
-                    staged=self.local > 1 and _overlap(source, out),
                 )
             source = out
         return out
@@ -318,15 +317,3 @@ class Communicator(RankGroup):
     def _count_edges(self, plan: ExchangePlan, x: Tensor, rounds: int) -> None:
         self.traffic.messages_sent += plan.degree * rounds
         self.traffic.bytes_sent += plan.degree * (rounds * x.shape[1] * x.element_size())
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors share memory; both may have padded rows."""
-    begin_a, begin_b = a.data_ptr(), b.data_ptr()
-    end_a, end_b = (t.data_ptr() + _extent(t) for t in (a, b))
-    return begin_a < end_b and begin_b < end_a
-
-
-def _extent(rows: Tensor) -> int:
-    last = sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
-    return (last + 1) * rows.element_size()

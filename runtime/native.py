@@ -17,7 +17,17 @@ except ImportError as error:
         "'pip install --no-build-isolation -e .' in the repository, or 'pip install .'"
     ) from error
 
-__all__ = ["ALIGNMENT", "Terms", "build_info", "fill", "fill_words", "row_dot", "weighted_sum"]
+__all__ = [
+    "ALIGNMENT",
+    "Terms",
+    "build_info",
+    "combine",
+    "fill",
+    "fill_words",
+    "row_dot",
+    "use_threads",
+    "weighted_sum",
+]
 
 ALIGNMENT = 64
 """Rows and parameters start at multiples of this many bytes: a cache line, a vector register."""
@@ -56,25 +66,41 @@ class Terms:
                 raise ValueError(f"Terms.{name}: must be contiguous {dtype}, got {array.dtype}")
 
 
-def _addresses(rows: Tensor) -> np.ndarray:
-    """Return the address of each row of a (rows, d) tensor as uint64."""
-    count, stride = rows.shape[0], rows.stride(0) * rows.element_size()
-    return np.uint64(rows.data_ptr()) + np.arange(count, dtype=np.uint64) * np.uint64(stride)
+_num_threads: int | None = None
 
 
-def _check_rows(name: str, rows: Tensor, like: Tensor) -> None:
-    if rows.dim() != 2 or rows.shape[1] != like.shape[1] or rows.dtype != like.dtype:
+def use_threads(count: int | None) -> None:
+    """Let the kernels use up to ``count`` threads; None, as at first: as many as torch does.
+
+    Bits do not depend on it. Small calls stay on the calling thread.
+    """
+    global _num_threads
+    _num_threads = count
+
+
+def _threads() -> int:
+    return _num_threads or torch.get_num_threads()
+
+
+_Rows = tuple[int, int, int]
+
+
+def _rows(name: str, rows: Tensor, like: Tensor) -> _Rows:
+    """Return (address, count, bytes between rows) for the kernels, after the checks."""
+    shape = rows.shape
+    if len(shape) != 2 or shape[1] != like.shape[1] or rows.dtype != like.dtype:
         raise ValueError(
-            f"{name}: must be (rows, {like.shape[1]}) {like.dtype}, "
-            f"got {tuple(rows.shape)} {rows.dtype}"
+            f"{name}: must be (rows, {like.shape[-1]}) {like.dtype}, "
+            f"got {tuple(shape)} {rows.dtype}"
         )
     if rows.device != like.device:
         raise ValueError(f"{name}: is on {rows.device}, the output on {like.device}")
-    if rows.shape[1] > 1 and rows.stride(1) != 1:
+    stride, step = rows.stride()
+    if step != 1 and shape[1] > 1:
         raise ValueError(f"{name}: rows must be contiguous, got strides {rows.stride()}")
+    return rows.data_ptr(), shape[0], stride * rows.itemsize
 
 
-@torch.no_grad()
 def weighted_sum(
     blocks: Sequence[Tensor],
     terms: Terms,
@@ -82,7 +108,6 @@ def weighted_sum(
     *,
     axpy: tuple[float, Tensor] | None = None,
     wide: bool = False,
-    staged: bool = False,
 ) -> Tensor:
     """Write ``out[r] = sum_t weights[t] * table[columns[t]] + a * y[r]`` for every row r.
 
@@ -92,57 +117,83 @@ def weighted_sum(
     Args:
         blocks: tensors (rows_k, d) whose rows, one after another, form the table.
         terms: what to add to what.
-        out: (outputs, d), float32, float64, bfloat16 or float16; may be one of the blocks.
+        out: (outputs, d), float32, float64, bfloat16 or float16; its rows may be rows of the table
+            (each is stored when the last sum that reads it is done).
         axpy: ``(a, y)`` with y shaped like ``out``.
         wide: accumulate in float64 whatever the dtype.
-        staged: needed where a row of ``out`` is a source of another row of ``out``.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: shapes, dtypes, devices or memory layouts do not fit.
+        ValueError: shapes, dtypes, devices or memory layouts do not fit, a term names no row of the
+            table, or a row of ``out`` overlaps a source in part.
     """
-    if out.dtype not in _DTYPES:
+    code = _DTYPES.get(out.dtype)
+    if code is None:
         raise ValueError(f"weighted_sum: dtype {out.dtype} is not one of {list(_DTYPES)}")
-    _check_rows("weighted_sum: out", out, out)
-    for block in blocks:
-        _check_rows("weighted_sum: block", block, out)
-    if len(terms.indptr) != out.shape[0] + 1:
-        raise ValueError(f"weighted_sum: {len(terms.indptr) - 1} sums for {out.shape[0]} rows")
-    num_rows = sum(block.shape[0] for block in blocks)
-    if len(terms.columns) and not 0 <= terms.columns.min() <= terms.columns.max() < num_rows:
-        raise ValueError(f"weighted_sum: a term names a row outside the table of {num_rows}")
+    target = _rows("weighted_sum: out", out, out)
+    table = [_rows("weighted_sum: block", block, out) for block in blocks]
+    if len(terms.indptr) != target[1] + 1:
+        raise ValueError(f"weighted_sum: {len(terms.indptr) - 1} sums for {target[1]} rows")
     a, y = axpy if axpy is not None else (0.0, None)
+    addend = None
     if y is not None:
-        _check_rows("weighted_sum: axpy", y, out)
-        if y.shape != out.shape:
+        addend = _rows("weighted_sum: axpy", y, out)
+        if addend[1] != target[1]:
             raise ValueError(f"weighted_sum: axpy is {tuple(y.shape)}, out {tuple(out.shape)}")
     if not out.is_cpu:
         return _weighted_sum_torch(blocks, terms, out, a, y)
-    if out.numel() == 0:
-        return out
-    table = np.concatenate([_addresses(block) for block in blocks])
-    targets = _addresses(out)
-    addends = _addresses(y) if y is not None else None
     _C.weighted_sum(
-        table.ctypes.data,
-        num_rows,
-        terms.indptr.ctypes.data,
-        terms.columns.ctypes.data,
-        terms.weights.ctypes.data,
-        targets.ctypes.data,
-        out.shape[0],
-        addends.ctypes.data if addends is not None else 0,
+        table,
+        terms.indptr,
+        terms.columns,
+        terms.weights,
+        target,
+        addend,
         a,
         out.shape[1],
-        _DTYPES[out.dtype],
+        code,
         wide,
-        staged,
+        _threads(),
     )
     return out
 
 
+def combine(blocks: Sequence[Tensor], weights: np.ndarray, out: Tensor) -> Tensor:
+    """Write ``out[r] = sum_k weights[r, k] * blocks[k][r]``: ``weighted_sum`` row by row.
+
+    Args:
+        blocks: tensors like ``out``; ``out`` may be one of them.
+        weights: float64 (blocks,), or (rows * blocks,) with the blocks of a row side by side.
+        out: (rows, d).
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: as ``weighted_sum`` does.
+    """
+    target = _rows("combine: out", out, out)
+    table = [_rows("combine: term", block, out) for block in blocks]
+    count, rows = len(table), target[1]
+    if any(block[1] != rows for block in table) or len(weights) not in (count, rows * count):
+        raise ValueError(
+            f"combine: {len(weights)} weights and blocks of {[block[1] for block in table]} rows "
+            f"for {rows} rows"
+        )
+    if not out.is_cpu:
+        terms = Terms(
+            indptr=np.arange(rows + 1, dtype=np.int64) * count,
+            columns=np.arange(count * rows, dtype=np.int64).reshape(count, rows).T.reshape(-1),
+            weights=np.broadcast_to(weights.reshape(-1, count), (rows, count)).reshape(-1),
+        )
+        return _weighted_sum_torch(blocks, terms, out, 0.0, None)
+    _C.combine(table, weights, target, out.shape[1], _DTYPES[out.dtype], _threads())
+    return out
+
+
+@torch.no_grad()
 def _weighted_sum_torch(
     blocks: Sequence[Tensor], terms: Terms, out: Tensor, a: float, y: Tensor | None
 ) -> Tensor:
@@ -160,7 +211,6 @@ def _weighted_sum_torch(
     return out.copy_(torch.stack(sums)) if sums else out
 
 
-@torch.no_grad()
 def row_dot(x: Tensor, y: Tensor) -> Tensor:
     """Return the inner product of each row of ``x`` with the same row of ``y``, in float64.
 
@@ -177,18 +227,15 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes, devices or memory layouts do not fit.
     """
-    _check_rows("row_dot: y", y, x)
-    _check_rows("row_dot: x", x, x)
+    a = _rows("row_dot: x", x, x)
+    b = _rows("row_dot: y", y, x)
     if x.dtype not in _DTYPES or x.shape != y.shape:
         raise ValueError(f"row_dot: {tuple(x.shape)} {x.dtype} with {tuple(y.shape)}")
     if not x.is_cpu:
-        return (x.double() * y.double()).sum(dim=1, keepdim=True)
-    out = torch.zeros(x.shape[0], 1, dtype=torch.float64)
-    if x.numel():
-        a, b = _addresses(x), _addresses(y)
-        _C.row_dot(
-            a.ctypes.data, b.ctypes.data, len(a), x.shape[1], _DTYPES[x.dtype], out.data_ptr()
-        )
+        with torch.no_grad():
+            return (x.double() * y.double()).sum(dim=1, keepdim=True)
+    out = torch.empty(x.shape[0], 1, dtype=torch.float64)
+    _C.row_dot(a, b, x.shape[1], _DTYPES[x.dtype], out.data_ptr(), _threads())
     return out
 
 

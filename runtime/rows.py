@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gossamer.runtime import native
-from gossamer.runtime.native import ALIGNMENT, Terms, row_dot
+from gossamer.runtime.native import ALIGNMENT, row_dot
 
 __all__ = ["RowLayout", "Slice", "aligned", "combine", "empty_rows", "row_dot", "row_norm"]
 
@@ -44,23 +43,16 @@ def combine(terms: Sequence[tuple[Coefficient, Tensor]], out: Tensor | None = No
     Returns:
         ``out``, (local, d).
     """
-    first = terms[0][1]
+    rows = [v for _, v in terms]
+    local, d = rows[0].shape
     if out is None:
-        out = empty_rows(first.shape[0], first.shape[1], first.dtype, first.device)
-    local, count = first.shape[0], len(terms)
-    weights = np.empty((local, count))
-    for k, (c, _) in enumerate(terms):
-        weights[:, k] = c.reshape(-1).double().cpu().numpy() if isinstance(c, Tensor) else c
-    indptr, columns = _combine_pattern(local, count)
-    return native.weighted_sum(
-        [v for _, v in terms], Terms(indptr, columns, weights.reshape(-1)), out
-    )
-
-
-@lru_cache(maxsize=64)
-def _combine_pattern(local: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    columns = np.arange(count)[None, :] * local + np.arange(local)[:, None]
-    return np.arange(local + 1, dtype=np.int64) * count, columns.astype(np.int64).reshape(-1)
+        out = empty_rows(local, d, rows[0].dtype, rows[0].device)
+    if any(isinstance(c, Tensor) for c, _ in terms):
+        weights = np.empty((local, len(terms)))
+        for k, (c, _) in enumerate(terms):
+            weights[:, k] = c.reshape(-1).double().cpu().numpy() if isinstance(c, Tensor) else c
+        return native.combine(rows, weights.reshape(-1), out)
+    return native.combine(rows, np.array([c for c, _ in terms], np.float64), out)
 
 
 def row_norm(x: Tensor) -> Tensor:

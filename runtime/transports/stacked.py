@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from gossamer.runtime import native
 from gossamer.runtime.transports.base import Pending, Transfers
 
 __all__ = ["StackedTransport"]
@@ -25,6 +26,9 @@ class StackedTransport:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        # No other process computes, so the kernels may use every core, whatever torch was told.
+        if "OMP_NUM_THREADS" not in os.environ:
+            native.use_threads(len(os.sched_getaffinity(0)))
 
     def exchange(self, sends: Transfers, receives: Transfers, operation: str) -> Pending:
         """There is no other process to exchange with."""

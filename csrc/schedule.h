@@ -1,0 +1,39 @@
+// In which order a weighted sum reads and stores rows, worked out once for all its columns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "weighted_sum.h"
+
+namespace gossamer {
+
+struct Term {
+  std::uintptr_t row;
+  double weight;
+};
+
+// Outputs are computed in ascending order. One whose row is still to be read by a later output
+// waits in a slot of scratch and is stored after that output.
+struct Schedule {
+  struct Output {
+    std::uintptr_t row;
+    std::size_t first_term, last_term;    // into `terms`
+    std::size_t first_store, last_store;  // into `stores`: outputs to store after this one
+    std::ptrdiff_t slot = kDirect;
+  };
+  static constexpr std::ptrdiff_t kDirect = -1;
+
+  // Throws std::invalid_argument as weighted_sum() does.
+  explicit Schedule(const WeightedSum& job);
+
+  std::vector<Term> terms;  // the addend is the last term of its output
+  std::vector<Output> outputs;
+  std::vector<std::size_t> stores;
+  std::size_t num_slots = 0;
+  std::size_t max_live = 0;  // most rows between first and last use at any time, slots included
+  bool in_place = false;     // some output is a source
+};
+
+}  // namespace gossamer
