@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
-import click
 import typer
 
+from gossamer.launch.commands.doctor import doctor
+from gossamer.launch.commands import topology
+from gossamer.launch.commands.algorithms import algorithms
+from gossamer.launch.commands.plan import plan
 from gossamer.launch.commands.report import report
+from gossamer.launch.commands.submit import submit
+from gossamer.launch.commands.reproduce import reproduce
 from gossamer.launch.status import exit_status
 
 __all__ = ["app", "main"]
@@ -55,6 +60,12 @@ def schema() -> None:
 
 
 app.command()(report)
+app.command()(algorithms)
+app.command()(plan)
+app.add_typer(topology.app, name="topology")
+app.command()(submit)
+app.command()(doctor)
+app.command()(reproduce)
 
 
 def main() -> None:
@@ -62,14 +73,14 @@ def main() -> None:
     sys.exit(exit_status(_invoke))
 
 
+# typer carries its own copy of click; this is the base of its usage errors in either.
+_UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+
+
 def _invoke() -> int:
     try:
         result = app(standalone_mode=False)
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show()
         return 2
-    except click.Abort:
-        return 1
     return result if isinstance(result, int) else 0
