@@ -36,13 +36,14 @@ class Mailboxes:
         return SimpleNamespace(wait=lambda timeout_s: None)
 
 
-def on_processes(processes, n, work):
-    """Return what ``work(comm)`` returns on each of ``processes`` threads that host n ranks."""
+def on_processes(processes, n, make, work):
+    """Return what ``work(comm, make())`` returns on each of ``processes`` threads for n ranks."""
+    made = [make() for _ in range(processes)]  # here: torch's generator is not the threads' own
     pairs = [(a, b) for a in range(processes) for b in range(processes)]
     boxes, results = {pair: queue.Queue() for pair in pairs}, [None] * processes
 
     def run(p):
-        results[p] = work(RankGroup(n, Mailboxes(p, processes, boxes)))
+        results[p] = work(RankGroup(n, Mailboxes(p, processes, boxes)), made[p])
 
     threads = [threading.Thread(target=run, args=(p,)) for p in range(processes)]
     for thread in threads:
@@ -138,14 +139,16 @@ def test_figures_are_what_they_say(objective, chunk):
 @pytest.mark.parametrize("options", [{}, {"objective": "examples", "examples": 11}])
 def test_the_split_over_processes_does_not_change_a_bit(options):
     # float32, a test set smaller than the world is large in parts, unequal shards
-    def work(comm):
-        problem = Digits(examples=100, test_examples=7, hidden=(8,)).build(9, 0)
+    def make():
+        return Digits(examples=100, test_examples=7, hidden=(8,)).build(9, 0)
+
+    def work(comm, problem):
         x, layout = rows_around(problem, 9)
         return evaluate(comm, problem, x, layout, **options)
 
-    expected = work(RankGroup(9, StackedTransport()))
+    expected = work(RankGroup(9, StackedTransport()), make())
     for processes in (2, 4, 9):
-        for figures in on_processes(processes, 9, work):
+        for figures in on_processes(processes, 9, make, work):
             assert figures == expected
 
 

@@ -207,7 +207,7 @@ def test_standardization_uses_the_training_set():
         ({"hidden": [0]}, "task.hidden.0: must be greater than or equal to 1"),
         ({"examples": 5000}, "task.examples: 'digits' has 1440 training examples, got 5000"),
         ({"test_examples": 1797}, "task.test_examples: must be less than the 1797 examples"),
-        ({"test_examples": True}, "task.test_examples: must be a valid integer"),
+        ({"test_examples": True}, "task.test_examples: must be a number, got true"),
         ({"positive": 10}, "task.positive: 'digits' has classes 0..9, got 10"),
         ({"n": 1441}, "ranks: 1441 ranks for 1440 training examples of task 'digits'; use at most"),
     ],
