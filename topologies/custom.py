@@ -236,7 +236,15 @@ def _load(source: str, directed: bool | None) -> Any:
         raise TopologyParameterError(f"topology.edges: there is no file {source!r}")
     try:
         return _READERS[suffix](source, directed)
-    except (ValueError, TypeError, SyntaxError, OSError, EOFError, nx.NetworkXException) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        SyntaxError,
+        OSError,
+        EOFError,
+        nx.NetworkXException,
+    ) as error:
         raise TopologyParameterError(
             f"topology.edges: {source!r} cannot be read as {suffix}: {error}; it may be cut short"
         ) from error
