@@ -9,13 +9,13 @@ from typing import Annotated, cast
 
 import typer
 
-from gossamer.launch.commands.doctor import doctor
 from gossamer.launch.commands import topology
 from gossamer.launch.commands.algorithms import algorithms
+from gossamer.launch.commands.doctor import doctor
 from gossamer.launch.commands.plan import plan
 from gossamer.launch.commands.report import report
-from gossamer.launch.commands.submit import submit
 from gossamer.launch.commands.reproduce import reproduce
+from gossamer.launch.commands.submit import submit
 from gossamer.launch.status import exit_status
 
 __all__ = ["app", "main"]
