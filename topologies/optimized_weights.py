@@ -61,7 +61,10 @@ def _solve_sdp(edges: Round, *, nonnegative: bool) -> Round:
     if nonnegative:
         constraints += [weights >= 0, np.abs(incidence) @ weights <= 1]
     cp.Problem(cp.Minimize(bound), constraints).solve()
-    return _round(n, head, tail, np.asarray(weights.value, np.float64))
+    solved = np.asarray(weights.value, np.float64)
+    if nonnegative:  # solvers keep to the constraints within 1e-5 or so
+        solved = _project(solved, _incident(n, head, tail))
+    return _round(n, head, tail, solved)
 
 
 def _optimize(
@@ -74,7 +77,7 @@ def _optimize(
             f"for {n} ranks (at most {_LARGEST}); use 'best_constant' or 'metropolis'"
         )
     head, tail = _undirected_edges(edges)
-    incident = [np.flatnonzero((head == rank) | (tail == rank)) for rank in range(n)]
+    incident = _incident(n, head, tail)
     degree = np.diff(edges.indptr)
     weights = 1 / (1.0 + np.maximum(degree[head], degree[tail]))  # metropolis
     best, best_rho = weights, np.inf
@@ -104,6 +107,10 @@ def _project(weights: Floats, incident: list[Ints]) -> Floats:
             positive = edges[weights[edges] > 0]
             weights[positive] -= min(weights[positive].min(), excess / len(positive))
     return weights
+
+
+def _incident(n: int, head: Ints, tail: Ints) -> list[Ints]:
+    return [np.flatnonzero((head == rank) | (tail == rank)) for rank in range(n)]
 
 
 def _undirected_edges(edges: Round) -> tuple[Ints, Ints]:
