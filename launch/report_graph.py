@@ -53,7 +53,7 @@ def graphs_of(runs: Sequence[RunRecord], color: str) -> list[Graph]:
     several = len(built) > 1
     graphs = []
     for topology, names in built.values():
-        users = f" ({', '.join(names)})" if several else ""
+        users = f": {', '.join(names)}" if several else ""
         if isinstance(topology, str):
             graphs.append(Graph(title="Topology" + users, problem=topology))
         else:

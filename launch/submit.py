@@ -1,7 +1,7 @@
 """``gossamer submit``: a checked configuration becomes a batch job for SLURM, PBS or LSF.
 
-The job's folder holds ``job.sh``, its log, and the run in ``run/``. The script goes on from the
-latest checkpoint when it is started again, by the scheduler or by hand.
+The job's folder holds ``job.sh``, its log, and the run in a folder of the job's name. The script
+goes on from the latest checkpoint when it is started again, by the scheduler or by hand.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def job_script(job: Job, folder: Path, config: RunConfig, *, resumable: bool) ->
         bin=shlex.quote(str(Path(sys.executable).parent)),
         cwd=shlex.quote(str(Path.cwd())),
         environment=_environment(job, config),
-        run=shlex.quote(str(folder / "run")),
+        run=shlex.quote(str(folder / job.title)),
         file=shlex.quote(str(job.file.resolve())),
         settings="".join(f" {shlex.quote(word)}" for word in settings),
         start=_RESUMABLE if resumable else _COMPARISON,

@@ -1,0 +1,121 @@
+"""The Chrome trace: lanes, overlap, and one clock for all processes."""
+
+import json
+import queue
+import threading
+
+import pytest
+import torch
+
+from gossamer.launch.trace import trace_events, write_trace
+from gossamer.runtime import Communicator
+from gossamer.runtime.collectives import RankGroup
+from gossamer.runtime.traffic import Event
+from gossamer.runtime.transports.stacked import StackedTransport
+from gossamer.topologies import build
+
+STEP = Event("compute", "step", 0.0, 10.0, 3)
+EXCHANGE = Event("wait", "neighbor_average", 2.0, 4.0, 3)
+SUM = Event("communicate", "weighted sum", 4.0, 5.0, 3)
+
+
+def lanes(events):
+    """Return lane number -> [(begin, end)] in seconds."""
+    found = {}
+    for e in trace_events(0, events):
+        span = (e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6)
+        found.setdefault(e["tid"], []).append(span)
+    return found
+
+
+def test_compute_is_what_waits_and_communication_leave_of_a_step():
+    assert lanes([EXCHANGE, SUM, STEP]) == {0: [(0, 2), (5, 10)], 1: [(2, 4)], 2: [(4, 5)]}
+
+
+def test_a_transfer_beside_the_computation_does_not_interrupt_it():
+    awaited = Event("wait", "wait for neighbor_average", 8.0, 8.5, 3)
+    found = lanes([EXCHANGE, SUM, awaited, STEP])
+    assert found == {0: [(0, 8), (8.5, 10)], 1: [(8, 8.5)], 2: [(2, 4), (4, 5)]}
+
+
+def test_overlap_in_one_step_says_nothing_of_another():
+    awaited = Event("wait", "wait for neighbor_average", 12.0, 12.5, 4)
+    assert lanes([EXCHANGE, SUM, STEP, awaited])[0] == [(0, 2), (5, 10)]
+
+
+def test_spans_outside_steps_are_kept():
+    evaluation = Event("wait", "all_reduce(mean)", 11.0, 12.0, 4)
+    assert lanes([STEP, evaluation]) == {0: [(0, 10)], 1: [(11, 12)]}
+
+
+class ThreadTransport:
+    """Threads as processes: a queue per pair."""
+
+    name = "threads"
+
+    def __init__(self, process, queues):
+        self.process, self.processes, self.queues = process, len(queues), queues
+        self.device = torch.device("cpu")
+
+    def exchange(self, sends, receives, operation):
+        for peer, tensor in sends:
+            self.queues[peer][self.process].put(tensor.clone())
+        return _Receives([(self.queues[self.process][peer], t) for peer, t in receives])
+
+
+class _Receives:
+    def __init__(self, receives):
+        self.receives = receives
+
+    def wait(self, timeout_s):
+        for waiting, tensor in self.receives:
+            tensor.copy_(waiting.get(timeout=timeout_s))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_with_clocks_of_their_own_are_aligned(tmp_path, processes):
+    queues = [[queue.Queue() for _ in range(processes)] for _ in range(processes)]
+    path, failures = tmp_path / "trace.json", []
+
+    def act(process):
+        try:
+            transport = ThreadTransport(process, queues) if processes > 1 else StackedTransport()
+            group = RankGroup(6, transport, timeout_s=30)
+            group.traffic.tracing = True
+            group.traffic.origin -= 1000.0 * process  # as if this machine had started long ago
+            group.barrier()
+            with group.traffic.span("compute", "step", 0):
+                pass
+            for _ in range(process * 50):  # traces of different lengths
+                with group.traffic.span("wait", "something", 0):
+                    pass
+            write_trace(path, group)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=act, args=(p,)) for p in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert failures == []
+    events = json.loads(path.read_text())["traceEvents"]
+    steps = {e["pid"]: e["ts"] / 1e6 for e in events if e["name"] == "compute"}
+    assert set(steps) == set(range(processes))
+    # Their clocks are 1,000 s apart; that they acted together is seen to the scheduler's delays.
+    assert max(steps.values()) - min(steps.values()) < 20
+    for process in range(processes):
+        waits = [e for e in events if e["pid"] == process and e["name"] == "something"]
+        assert len(waits) == 50 * process
+
+
+def test_lanes_and_ranks_are_named(tmp_path):
+    comm = Communicator(build("ring", 4), StackedTransport())
+    write_trace(tmp_path / "trace.json", comm)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [(e["ph"], e["args"]["name"]) for e in events] == [
+        ("M", "process 0: ranks 0..3"),
+        ("M", "compute"),
+        ("M", "wait"),
+        ("M", "communicate"),
+    ]
