@@ -145,8 +145,10 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: field, value and fix.
     """
-    for kind in ("task", "algorithm", "topology", "optimizer"):
+    for kind in ("task", "oracle", "optimizer", "algorithm", "topology"):
         section = values.get(kind, {})
+        if kind == "oracle" and isinstance(section, list) and section:
+            continue
         if not isinstance(section, Mapping) and not (kind == "optimizer" and section is None):
             name = section if isinstance(section, str) else "..."
             raise ConfigError(
@@ -304,6 +306,18 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _number_or_text(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """Read a number; 12:30, which is 750 in YAML 1.1, stays text."""
+    if ":" in node.value:
+        return node.value
+    number = loader.construct_yaml_float if "float" in node.tag else loader.construct_yaml_int
+    return number(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number_or_text)
 
 
 def _placed(error: yaml.YAMLError) -> str:

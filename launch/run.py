@@ -30,7 +30,15 @@ from gossamer.runtime.transports import Transport, open_transport
 from gossamer.runtime.transports.select import process_index, transport_name, world_size
 from gossamer.topologies import TopologyError
 
-__all__ = ["Request", "execute", "execute_in_child", "ranks_of", "resume_from", "variants_of"]
+__all__ = [
+    "Request",
+    "execute",
+    "execute_in_child",
+    "experiments_of",
+    "ranks_of",
+    "resume_from",
+    "variants_of",
+]
 
 DONE = 0
 _SHARED = ("transport", "processes", "threads", "timeout_s")
@@ -92,6 +100,25 @@ def variants_of(values: Mapping[str, Any]) -> dict[str, RunConfig]:
     return runs
 
 
+def experiments_of(
+    runs: Mapping[str, RunConfig], ranks: Mapping[str, int]
+) -> dict[str, Experiment]:
+    """Return the runs with their names looked up and their graphs built.
+
+    Raises:
+        ConfigError: names the run of a comparison, field, value and fix.
+    """
+    experiments = {}
+    for name, config in runs.items():
+        try:
+            experiments[name] = Experiment(config, ranks[name])
+        except (ConfigError, TopologyError) as error:
+            if not name:
+                raise
+            raise ConfigError(f"compare.{name}: {error}") from error
+    return experiments
+
+
 def resume_from(folder: Path) -> Checkpoint | None:
     """Open the checkpoint to go on from; None: that run was ended before its first one.
 
@@ -121,7 +148,7 @@ def execute(request: Request) -> int:
     try:
         runs = variants_of(request.values)
         first = next(iter(runs.values()))
-        experiments = {name: Experiment(c, ranks_of(c)) for name, c in runs.items()}
+        experiments = experiments_of(runs, {name: ranks_of(c) for name, c in runs.items()})
         transport_name(first.transport)
         checkpoint = resume_from(request.resume) if request.resume else None
         if request.resume is not None and "compare" in request.values:

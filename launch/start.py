@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gossamer.launch.config import Experiment, RunConfig, apply_overrides, load_yaml
+from gossamer.launch.config import RunConfig, apply_overrides, load_yaml
 from gossamer.launch.run import (
     Request,
     execute,
     execute_in_child,
+    experiments_of,
     ranks_of,
     resume_from,
     variants_of,
@@ -53,9 +54,9 @@ def start_run(
     if count == 1:
         return execute(request)
     # All that one process can find wrong is found here, before there are several.
-    for config in runs.values():
-        n = config.ranks or count
-        Experiment(config, n).task.build(n, config.seed)
+    experiments = experiments_of(runs, {k: c.ranks or count for k, c in runs.items()})
+    for experiment in experiments.values():
+        experiment.task.build(experiment.n, experiment.config.seed)
     if resume is not None:
         resume_from(resume)
     if first.transport == "mpi":
