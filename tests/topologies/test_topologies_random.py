@@ -195,7 +195,8 @@ def test_a_single_shift_may_not_connect_all_ranks_so_it_is_drawn_again():
 
 def test_seeds_change_the_draw_and_steps_do_not_share_randomness():
     def orders(seed):
-        return [build("random_matching", 16, seed=seed).round(t).digest() for t in range(50)]
+        topology = build("random_matching", 16, seed=seed)
+        return [topology.round(t).digest() for t in range(50)]
 
     assert len({*orders(0), *orders(1)}) == 100
 
