@@ -77,7 +77,7 @@ class LinearLogistic(Oracle):
         margins, _ = self._margins(x, batch)
         square = x.square()
         penalties = self._loss.l2 * square + self._loss.nonconvex * square / (1 + square)
-        losses = nn.functional.softplus(-margins).mean(dim=1) + penalties.sum(dim=1)
+        losses = -nn.functional.logsigmoid(margins).mean(dim=1) + penalties.sum(dim=1)
         return losses.double()
 
     def _gradient(self, x: Tensor, batch: RankBatches) -> Tensor:
