@@ -70,7 +70,7 @@ class RankGroup:
             rows = self._gather_rows(x, f"all_reduce({op})")
             if not sums:
                 return (rows.amin if op == "min" else rows.amax)(dim=0, keepdim=True)
-            total = _sum_rows(rows)
+            total = _sum_rows([rows])
         else:
             total = self._sum_by_slices(x)
         return total.div_(self.n) if op == "mean" else total
@@ -126,7 +126,7 @@ class RankGroup:
         """
         local = x.shape[0]
         received = self.all_to_all(x.reshape(local, self.n, -1), count=count)
-        return torch.cat([_sum_rows(part) for part in received])
+        return torch.cat([_sum_rows([part]) for part in received])
 
     def barrier(self) -> None:
         """Return when every process has come here."""
@@ -184,30 +184,31 @@ class RankGroup:
         m, processes, me = x.shape[1], self.transport.processes, self.transport.process
         cuts = [m * p // processes for p in range(processes + 1)]
         mine = slice(cuts[me], cuts[me + 1])
-        rows = torch.empty(self.n, cuts[me + 1] - cuts[me], dtype=x.dtype, device=x.device)
-        rows[self.ranks.start : self.ranks.stop] = x[:, mine]
+        parts = [x[:, mine]] * processes  # by process: its ranks' rows of my slice
         sends, receives = [], []
         for p in self._others():
-            ranks = self.placement.ranks(p)
+            shape = (len(self.placement.ranks(p)), cuts[me + 1] - cuts[me])
+            parts[p] = torch.empty(shape, dtype=x.dtype, device=x.device)
             sends.append((p, x[:, cuts[p] : cuts[p + 1]].contiguous()))
-            receives.append((p, rows[ranks.start : ranks.stop]))
+            receives.append((p, parts[p]))
         self._exchange(sends, receives, "all_reduce (slices)")
         out = torch.empty(1, m, dtype=x.dtype, device=x.device)
-        part = _sum_rows(rows)
-        out[:, mine] = part
+        _sum_rows(parts, out[:, mine])
         self._exchange(
-            [(p, part[0]) for p in self._others()],
+            [(p, out[0, mine]) for p in self._others()],
             [(p, out[0, cuts[p] : cuts[p + 1]]) for p in self._others()],
             "all_reduce (gather)",
         )
         return out
 
 
-def _sum_rows(rows: Tensor) -> Tensor:
-    """Return the sum over rows (n, m) as (1, m), added from the first row to the last."""
-    out = torch.empty(1, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    if not rows.dtype.is_floating_point:
-        return torch.sum(rows, dim=0, keepdim=True, out=out)  # exact in any order
-    n = rows.shape[0]
+def _sum_rows(blocks: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Return the sum over the rows of ``blocks`` as (1, m), added from the first to the last."""
+    first = blocks[0]
+    if out is None:
+        out = torch.empty(1, first.shape[1], dtype=first.dtype, device=first.device)
+    if not first.dtype.is_floating_point:  # exact in any order
+        return torch.sum(torch.cat(list(blocks)), dim=0, keepdim=True, out=out)
+    n = sum(block.shape[0] for block in blocks)
     terms = Terms(np.array([0, n], np.int64), np.arange(n, dtype=np.int64), np.ones(n))
-    return weighted_sum([rows], terms, out)
+    return weighted_sum(blocks, terms, out)
