@@ -159,12 +159,13 @@ def _hand_out(sizes: list[int], blocks: int, k: int, inner: bool) -> sparse.spar
         return exchange
     kept = (np.arange(blocks)[:, None] * block + np.arange(block - num_served)).ravel()
     whole, remainder = divmod(len(kept), k + 1)
-    chunks = [_mean(k + 1)] * whole + ([_mean(remainder)] if remainder else [])
+    chunks = [sparse.kron(sparse.eye_array(whole), _mean(k + 1))] if whole else []
+    chunks += [sparse.coo_array(_mean(remainder))] if remainder else []
     if not chunks:
         return exchange
     # The kept ranks have self weight 1 so far: replace that by the mean of their chunk.
     place = sparse.eye_array(total, format="csr")[kept]
-    within = sparse.block_diag(chunks, format="csr") - sparse.eye_array(len(kept))
+    within = _side_by_side(chunks) - sparse.eye_array(len(kept))
     return exchange + place.T @ within @ place
 
 
