@@ -106,7 +106,9 @@ def _table(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
         for column, pick in _BEST.items()
         if len(values := [row[column] for row in rows if row[column] is not None]) > 1
     }
-    head = "".join(f"<th{_kind(c)}>{escape(c)}</th>" for c in columns)
+    head = "".join(
+        f"<th{_kind(c)}>{'sha256' if c == 'parameters_sha256' else c}</th>" for c in columns
+    )
     body = ""
     for row, color in zip(rows, colors, strict=True):
         cells = ""
