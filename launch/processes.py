@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,7 @@ from gossamer.runtime.errors import ConfigError
 
 __all__ = ["end_siblings", "run_mpi", "run_processes"]
 
-_GRACE_S = 3.0
+_GRACE_S = 2.0
 """After one process failed, how long the others may take to say which peer they lost."""
 _PR_SET_PDEATHSIG = 1
 
@@ -31,7 +32,7 @@ def run_processes(count: int, target: Callable[..., int], *args: Any) -> int:
     """Run ``target(*args)`` in ``count`` new processes; return the first status that is not 0.
 
     ``target`` must be importable. torch.distributed's variables are set, with a file as the meeting
-    place (no port to clash). When one process fails the others get three seconds to report, then
+    place (no port to clash). When one process fails the others get two seconds to report, then
     they are ended: nothing is left behind, whatever kills this process.
     """
     context = multiprocessing.get_context("forkserver")
@@ -56,7 +57,12 @@ def run_processes(count: int, target: Callable[..., int], *args: Any) -> int:
 def _child(
     process: int, count: int, store: str, target: Callable[..., int], args: Sequence[Any]
 ) -> None:
-    # Dies with its parent (the fork server, which ends when the program does), even by SIGKILL.
+    # Dies with its parent, the fork server, which ends with the program, even by SIGKILL: it reads
+    # a pipe whose other end every child would hold too and so keep it alive (Python 3.11 to 3.14).
+    server: Any = forkserver._forkserver  # there is no public way
+    if server._forkserver_alive_fd is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_alive_fd = None
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():  # it died before the line above
@@ -129,7 +135,7 @@ def end_siblings() -> None:
     """Leave behind a process that ends what the launcher started beside this one, if it hangs on.
 
     torchrun and srun wait long (30 s, or for ever) for a process that hangs when another failed.
-    Those that are well notice the loss of this one by themselves and speak; after three seconds
+    Those that are well notice the loss of this one by themselves and speak; after two seconds
     the rest on this node are killed. The process left behind ends with the last of them.
     """
     siblings = [os.pidfd_open(pid) for pid in _siblings()]

@@ -32,7 +32,8 @@ def until(condition, seconds, what):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:.0f} s: {what}")
+            what = what() if callable(what) else what
+            raise AssertionError(f"not within {seconds:.1f} s: {what}")
         time.sleep(0.005)
     return value
 

@@ -71,7 +71,10 @@ def test_a_rank_that_raises_in_one_process_ends_the_run(zygote, job, tmp_path):
 
 STARTS = {
     "gossamer": ["-m", "gossamer", "run", "run.yaml", "--processes", "2", "--transport", "gloo"],
-    "torchrun": "-m torch.distributed.run --nproc-per-node 2 -m gossamer run run.yaml".split(),
+    "torchrun": [
+        *["-m", "torch.distributed.run", "--nproc-per-node", "2"],
+        *["-m", "gossamer", "run", "run.yaml"],
+    ],
     "mpirun": ["-n", "2", sys.executable, "-m", "gossamer", "run", "run.yaml"],
 }
 
@@ -107,7 +110,7 @@ def test_a_launched_job_ends_in_time_and_leaves_no_process(job, tmp_path, launch
         end = ended(process, BOUND_S + 60, tmp_path)
         err = (tmp_path / "stderr").read_text()
         assert end - failed < BOUND_S, err
-        until(lambda: not alive(marker), failed + BOUND_S - end, f"orphans {alive(marker)}")
+        until(lambda: not alive(marker), failed + BOUND_S - end, lambda: alive(marker))
         # mpirun reports a signal's death as 128 + 9; all else is 1.
         assert process.returncode == (137 if (launcher, fault) == ("mpirun", "kill") else 1), err
         if fault == "raise":
@@ -133,4 +136,4 @@ def test_killing_the_command_leaves_no_process(job, tmp_path):
     assert len(alive(marker)) >= 3, "the command and its two processes"
     process.kill()
     process.wait()
-    until(lambda: not alive(marker), BOUND_S, f"orphans {alive(marker)}")
+    until(lambda: not alive(marker), BOUND_S, lambda: alive(marker))
