@@ -64,8 +64,12 @@ class TrainingProgram:
         self._evaluator = Evaluator(comm, oracle, problem, **(evaluator_options or {}))
 
     def step(self) -> Metrics:
-        """Draw the batches of this step and make it."""
-        return self.algorithm.step(self.comm, self.oracle, self.state, self._batches())
+        """Draw the batches of this step and make it.
+
+        The loss on a batch is called ``batch_loss``: ``loss`` is the objective, of ``evaluate``.
+        """
+        figures = self.algorithm.step(self.comm, self.oracle, self.state, self._batches())
+        return {"batch_loss" if k == "loss" else k: value for k, value in figures.items()}
 
     def evaluate(self) -> Mapping[str, float]:
         """Return loss, accuracy, gradient norm and consensus of the whole run."""

@@ -63,12 +63,10 @@ class Line:
     Attributes:
         figure: its name in the metrics.
         style: as matplotlib writes it.
-        evaluated: keep only the lines of evaluations (True), or the others (False); None for all.
     """
 
     figure: str
     style: str = "-"
-    evaluated: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Chart:
 _KNOWN = (
     Chart(
         "Training loss",
-        (Line("loss", evaluated=True), Line("loss", ":", evaluated=False)),
+        (Line("loss"), Line("batch_loss", ":")),
         "solid: f at the mean of the ranks; dotted: on the batches, mean over ranks",
     ),
     Chart(
@@ -201,9 +199,6 @@ def _points(run: RunRecord, line: Line, against: str) -> tuple[list[float], list
     xs, ys = [], []
     for record in run.records:
         if line.figure not in record or (against not in record and record["step"] > 0):
-            continue
-        # A line with figures of the mean is an evaluation; its loss is the objective's.
-        if line.evaluated is not None and line.evaluated != ("grad_norm" in record):
             continue
         if line.figure == "consensus" and record["step"] == 0:
             continue  # all ranks are equal there: rounding, which would stretch a log scale

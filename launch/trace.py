@@ -12,7 +12,7 @@ import json
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,6 @@ from gossamer.runtime.traffic import Event
 __all__ = ["trace_events", "write_trace"]
 
 _LANES = ("compute", "wait", "communicate")
-_AWAITED = "wait for "
-"""Begins the name of the span in which an asynchronous operation is waited for."""
-_IN_FLIGHT = ("neighbor_average", "weighted sum")
-"""Spans that such an operation records itself."""
 _BARRIERS = 8
 
 
@@ -37,7 +33,7 @@ def write_trace(path: Path, comm: RankGroup) -> None:
     # One row per process, and a traffic of its own: what follows is no part of the trace.
     group = RankGroup(comm.transport.processes, comm.transport, timeout_s=comm.timeout_s)
     instants = _common_instant(group, comm.traffic.origin)
-    events = [[e.lane, e.name, e.begin, e.end, e.step] for e in comm.traffic.events]
+    events = [astuple(e) for e in comm.traffic.events]
     parts = _collect(group, json.dumps([ranks.start, ranks.stop, events]).encode())
     if me != 0:
         return
@@ -46,26 +42,17 @@ def write_trace(path: Path, comm: RankGroup) -> None:
         first, last, recorded = json.loads(part)
         shift = instants[0] - instants[process]
         lines += _titles(process, range(first, last))
-        lines += trace_events(
-            process,
-            [Event(lane, name, b + shift, e + shift, step) for lane, name, b, e, step in recorded],
-        )
+        found = [Event(*values) for values in recorded]
+        moved = [replace(e, begin=e.begin + shift, end=e.end + shift) for e in found]
+        lines += trace_events(process, moved)
     path.write_text(json.dumps({"traceEvents": lines, "displayTimeUnit": "ms"}))
 
 
 def trace_events(process: int, events: Sequence[Event]) -> list[dict[str, Any]]:
     """Return the events of one process as Chrome's complete events, sorted by time."""
-    asynchronous = {e.step for e in events if e.name.startswith(_AWAITED)}
     steps = [e for e in events if e.lane == "compute"]
-    shown, held = [], []
-    for event in events:
-        if event.lane == "compute":
-            continue
-        if event.step in asynchronous and event.name in _IN_FLIGHT:
-            shown.append(replace(event, lane="communicate"))
-        else:
-            shown.append(event)
-            held.append(event)
+    held = [e for e in events if e.lane != "compute" and not e.background]
+    shown = held + [replace(e, lane="communicate") for e in events if e.background]
     held.sort(key=lambda e: e.begin)
     begins = [e.begin for e in held]
     for step in steps:

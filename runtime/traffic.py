@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,18 @@ Lane = Literal["compute", "communicate", "wait"]
 
 @dataclass(frozen=True)
 class Event:
-    """One span of the trace, seconds since the traffic began."""
+    """One span of the trace, in seconds since the traffic began.
+
+    Attributes:
+        background: whether it ran on the communicator's own thread, beside the computation.
+    """
 
     lane: Lane
     name: str
     begin: float
     end: float
     step: int
+    background: bool = False
 
 
 @dataclass
@@ -37,7 +43,8 @@ class Traffic:
     Attributes:
         bytes_sent: (local,) int64, per hosted rank.
         messages_sent: (local,) int64, per hosted rank.
-        seconds: time per lane so far.
+        seconds: time per lane so far on the caller's thread; what runs in the background costs
+            the caller only what it waits for.
         events: spans, kept when ``tracing``.
     """
 
@@ -49,6 +56,7 @@ class Traffic:
     events: list[Event] = field(default_factory=list)
     tracing: bool = False
     origin: float = field(default_factory=time.perf_counter)
+    thread: int = field(default_factory=threading.get_ident)
 
     @contextmanager
     def span(self, lane: Lane, name: str, step: int) -> Iterator[None]:
@@ -58,6 +66,9 @@ class Traffic:
             yield
         finally:
             end = time.perf_counter()
-            self.seconds[lane] += end - begin
+            background = threading.get_ident() != self.thread
+            if not background:
+                self.seconds[lane] += end - begin
             if self.tracing:
-                self.events.append(Event(lane, name, begin - self.origin, end - self.origin, step))
+                span = (begin - self.origin, end - self.origin)
+                self.events.append(Event(lane, name, *span, step, background))
