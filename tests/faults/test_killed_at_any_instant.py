@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -40,6 +41,19 @@ def undisturbed(zygote, tmp_path_factory):
     return outcome(folder / "out"), seconds
 
 
+def newest(folder):
+    """Return the step of the newest checkpoint, 0 for none."""
+    found = latest(folder)
+    return int(found.name.removeprefix("step-")) if found else 0
+
+
+def kill_after(child, seconds):
+    """Kill a process that many seconds after its start, unless it has ended by itself."""
+    with contextlib.suppress(AssertionError):
+        until(lambda: child.poll() is not None, child.started + seconds - time.monotonic(), "")
+    child.kill()
+
+
 def finish(zygote, folder, *options):
     """Resume until done; a run that was killed before it had a folder is started again."""
     out = folder / "out"
@@ -69,11 +83,7 @@ def test_a_run_killed_at_twenty_instants_ends_as_if_it_had_not_been(zygote, undi
         folder.mkdir()
         write_yaml(folder / "run.yaml", **RUN)
         child = zygote.start(folder, ["run", "run.yaml", "--out", "out"])
-        with contextlib.suppress(AssertionError):  # polls, so that it may end by itself before
-            until(
-                lambda c=child: c.poll() is not None, child.started + instant - time.monotonic(), ""
-            )
-        child.kill()
+        kill_after(child, instant)
         child.wait()
         seen.append(finish(zygote, folder))
         assert outcome(folder / "out") == expected, (k, instant, seen[-1])
@@ -87,10 +97,10 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(zygote, undistu
     expected, _ = undisturbed
     write_yaml(tmp_path / "run.yaml", **RUN)
     argv = ["run", "run.yaml", "--out", "out"]
+    checkpoints = tmp_path / "out" / "checkpoints"
     for step in (3, 7, 12, 19, STEPS):
         child = zygote.start(tmp_path, argv)
-        folder = tmp_path / "out" / "checkpoints"
-        until(lambda s=step: latest(folder) and int(latest(folder).name[5:]) >= s, 60, child.stderr)
+        until(lambda s=step: newest(checkpoints) >= s, 60, lambda c=child: c.stderr)
         child.kill()
         child.wait()
         argv = ["run", "--resume", "out"]
@@ -106,9 +116,7 @@ def test_two_processes_killed_end_as_if_they_had_not_been(zygote, undisturbed, t
         folder.mkdir()
         write_yaml(folder / "run.yaml", **RUN)
         children = zygote.start_ranks(folder, ["run", "run.yaml", "--out", "out"], 2)
-        with contextlib.suppress(AssertionError):
-            until(lambda c=children: c[k % 2].poll() is not None, seconds * fraction, "")
-        children[k % 2].kill()  # the other one loses its peer
+        kill_after(children[k % 2], seconds * fraction)  # the other one loses its peer
         for child in children:
             child.wait()
         # What one process wrote, another number of processes continues.
@@ -119,13 +127,17 @@ def test_two_processes_killed_end_as_if_they_had_not_been(zygote, undisturbed, t
 # --- SIGTERM ----------------------------------------------------------------------------------
 
 
+def start(zygote, folder, argv, processes):
+    """Start a run of one process (stacked) or of several (gloo)."""
+    if processes == 1:
+        return [zygote.start(folder, argv)]
+    return zygote.start_ranks(folder, argv, processes)
+
+
 def stopped(zygote, folder, count):
     """Send SIGTERM to one process of a run in progress; return all of them, ended."""
     argv = ["run", "run.yaml", "--out", "out"]
-    if count == 1:
-        children = [zygote.start(folder, argv)]
-    else:
-        children = zygote.start_ranks(folder, argv, count)
+    children = start(zygote, folder, argv, count)
     metrics = folder / "out" / "metrics.jsonl"
     until(lambda: metrics.exists() and metrics.read_text().count("\n") > 1, 60, "two records")
     children[-1].kill(signal.SIGTERM)  # any of them will do
@@ -161,10 +173,11 @@ def small_disk(tmp_path):
     """Mount a file system of 512 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=512k none {folder} 2>/dev/null"):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system is not allowed here")
     yield folder
-    os.system(f"umount -l {folder}")
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 DISK = {
@@ -192,9 +205,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_partial_one(
     write_yaml(tmp_path / "run.yaml", **DISK)
     argv = ["run", "run.yaml", "--out", "disk/out"]
     ballast = small_disk / "ballast"
-    children = (
-        zygote.start_ranks(tmp_path, argv, 2) if processes == 2 else [zygote.start(tmp_path, argv)]
-    )
+    children = start(zygote, tmp_path, argv, processes)
     out = small_disk / "out"
     until(lambda: latest(out / "checkpoints"), 60, lambda: children[0].stderr)
     for child in children:
@@ -219,7 +230,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_partial_one(
 
 
 def test_a_file_size_limit_is_a_failed_checkpoint_and_not_a_crash(zygote, tmp_path):
-    write_yaml(tmp_path / "run.yaml", **DISK, **{"algorithm": {"name": "dsgd"}})
+    write_yaml(tmp_path / "run.yaml", **DISK)
     assert zygote.run(tmp_path, ["run", "run.yaml", "--out", "out", "-s", "steps=4"]).status == 0
     child = zygote.run(tmp_path, ["run", "--resume", "out", "-s", "steps=40"], limit_bytes=40_000)
     assert check_failed_checkpoint([child], tmp_path / "out") == 4
