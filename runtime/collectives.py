@@ -23,8 +23,8 @@ __all__ = ["RankGroup", "Reduction"]
 
 Reduction = Literal["sum", "mean", "min", "max"]
 
-_DIRECT_ELEMENTS = 4096
-"""Shorter rows are gathered whole and summed by everyone: one exchange instead of two."""
+_DIRECT_BYTES = 64 << 10
+"""A second exchange costs about as much as receiving this many bytes."""
 
 
 class RankGroup:
@@ -66,7 +66,7 @@ class RankGroup:
         self._count(2 * x.shape[1] * x.element_size() * (self.n - 1) / self.n, 2, count)
         m = x.shape[1]
         sums = op in ("sum", "mean")
-        if not sums or self.transport.processes == 1 or m <= _DIRECT_ELEMENTS:
+        if not sums or self._gathers_whole(m * x.element_size()):
             rows = self._gather_rows(x, f"all_reduce({op})")
             if not sums:
                 return (rows.amin if op == "min" else rows.amax)(dim=0, keepdim=True)
@@ -179,6 +179,14 @@ class RankGroup:
             receives.append((p, out[ranks.start : ranks.stop]))
         self._exchange([(p, x) for p in self._others()], receives, operation)
         return out
+
+    def _gathers_whole(self, row_bytes: int) -> bool:
+        """Say whether all rows, gathered and summed by everyone, cost less than two exchanges."""
+        processes = self.transport.processes
+        rows = -(-self.n // processes)  # the most a process hosts: every process decides alike
+        whole = (processes - 1) * rows * row_bytes
+        slices = (processes - 1) * (rows + 1) * row_bytes // processes
+        return whole <= slices + _DIRECT_BYTES
 
     def _sum_by_slices(self, x: Tensor) -> Tensor:
         m, processes, me = x.shape[1], self.transport.processes, self.transport.process
