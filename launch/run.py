@@ -389,15 +389,20 @@ def _require_same_state(
     checkpoint: Checkpoint, rows: Mapping[str, torch.Tensor], program: TrainingProgram
 ) -> None:
     """Refuse a checkpoint that holds more or less than this algorithm and oracle keep."""
-    expected, _ = program.snapshot()
+    expected, numbers = program.snapshot()
+    # What is None in one may be a tensor in the other: made at the first step, say.
+    unset = {f"state/{name}" for name, value in numbers.items() if value is None}
+    unset |= {f"state/{k}" for k, value in checkpoint.meta["scalars"].items() if value is None}
     for name in [*(expected.keys() - rows.keys()), *(rows.keys() - expected.keys())]:
+        if name in unset:
+            continue
         verb = "lacks" if name in expected else "also holds"
         raise ConfigError(
             f"--resume: {checkpoint.folder} {verb} '{name}': it was written with another "
             "algorithm, optimizer, oracle or model; use the config.yaml of its run"
         )
     for name, tensor in expected.items():
-        if tensor.shape != rows[name].shape:
+        if name in rows and tensor.shape != rows[name].shape:
             raise ConfigError(
                 f"--resume: '{name}' is {tuple(rows[name].shape)} in {checkpoint.folder} and "
                 f"{tuple(tensor.shape)} in this run; use the config.yaml of its run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ def flatten(state: Any, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, 
     """Return the tensors and the numbers of ``state`` by dotted name.
 
     Raises:
-        TypeError: a field is none of tensor, number, text, None, dataclass, list, tuple or dict.
+        TypeError: a field is none of tensor, number, text, None, dataclass, list, tuple or dict,
+            or two have the same name.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Scalar] = {}
     for name, value, _ in _leaves(state, prefix):
+        if name in tensors or name in scalars:
+            raise TypeError(f"state: two fields are called '{name}'; rename a key")
         if isinstance(value, Tensor):
             tensors[name] = value
         else:
@@ -37,18 +41,25 @@ def restore(
 ) -> None:
     """Copy tensors and numbers back into ``state``, whose tensors keep their memory.
 
+    A field that is None in one and a tensor in the other (made at the first step, say) takes what
+    was saved.
+
     Raises:
         ConfigError: a name is missing, or a tensor has another shape or dtype: the checkpoint is
             another algorithm's or another model's.
     """
     for name, value, put in list(_leaves(state, prefix)):
-        found: Any = tensors.get(name) if isinstance(value, Tensor) else scalars.get(name, _MISSING)
-        if (found is None and isinstance(value, Tensor)) or found is _MISSING:
+        found: Any = tensors.get(name, scalars.get(name, _MISSING))
+        if found is _MISSING or (
+            value is not None
+            and found is not None
+            and isinstance(value, Tensor) != isinstance(found, Tensor)
+        ):
             raise ConfigError(
                 f"resume: the checkpoint has no '{name}'; it was written by another algorithm, "
                 "optimizer or model; resume with the configuration of its run"
             )
-        if not isinstance(value, Tensor):
+        if found is None or value is None or not isinstance(value, Tensor):
             put(found)
         elif found.shape != value.shape or found.dtype != value.dtype:
             raise ConfigError(
@@ -63,8 +74,8 @@ def restore(
 _MISSING = object()
 
 
-def _leaves(state: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, value, setter) of every leaf."""
+def _leaves(state: Any, prefix: str, put_state: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, value, setter) of every leaf; ``put_state`` replaces ``state`` in its owner."""
     if dataclasses.is_dataclass(state) and not isinstance(state, type):
         children = [
             (f.name, getattr(state, f.name), _attribute_setter(state, f.name))
@@ -72,8 +83,10 @@ def _leaves(state: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
         ]
     elif isinstance(state, dict):
         children = [(str(k), v, _item_setter(state, k)) for k, v in state.items()]
-    elif isinstance(state, list | tuple):
+    elif isinstance(state, list):
         children = [(str(k), v, _item_setter(state, k)) for k, v in enumerate(state)]
+    elif isinstance(state, tuple):
+        children = [(str(k), v, put) for k, (v, put) in enumerate(_tuple_items(state, put_state))]
     else:
         raise TypeError(f"state: {prefix or 'it'} is {type(state).__name__}, not a dataclass")
     for name, value, put in children:
@@ -81,7 +94,19 @@ def _leaves(state: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
         if value is None or isinstance(value, Tensor | int | float | bool | str):
             yield full, value, put
         else:
-            yield from _leaves(value, full)
+            yield from _leaves(value, full, put)
+
+
+def _tuple_items(state: tuple[Any, ...], put_state: Any) -> list[tuple[Any, Any]]:
+    """Return (value, setter) of a tuple's items; a setter replaces the whole tuple."""
+    items = list(state)
+    make = getattr(type(state), "_make", tuple)  # a NamedTuple's or a plain one
+
+    def put_at(k: int, value: Any) -> None:
+        items[k] = value
+        put_state(make(items))
+
+    return [(value, partial(put_at, k)) for k, value in enumerate(state)]
 
 
 def _attribute_setter(owner: Any, name: str) -> Any:
