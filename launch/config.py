@@ -341,26 +341,21 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"-s {override}: '{text}' is not YAML: {_placed(error)}") from None
-        nested: Any = value
-        for key in reversed(path.split(".")):
-            nested = {key: nested}
-        values = _override(values, nested, path)
+        values = _override(values, path.split("."), value, path)
     return values
 
 
-def _override(values: dict[str, Any], change: dict[str, Any], path: str) -> dict[str, Any]:
-    result = dict(values)
-    for key, value in change.items():
-        if isinstance(value, dict) and result.get(key) is not None:
-            if not isinstance(result[key], dict):
-                raise ConfigError(
-                    f"-s {path}: '{key}' is {result[key]!r}, not a section with fields of its own; "
-                    f"write -s {key}=VALUE"
-                )
-            result[key] = _override(result[key], value, path)
-        else:
-            result[key] = value
-    return result
+def _override(values: dict[str, Any], keys: list[str], value: Any, path: str) -> dict[str, Any]:
+    key, *rest = keys
+    old = values.get(key)
+    if not rest:
+        return merge(values, {key: value})
+    if old is not None and not isinstance(old, dict):
+        raise ConfigError(
+            f"-s {path}: '{key}' is {old!r}, not a section with fields of its own; "
+            f"write -s {key}=VALUE"
+        )
+    return values | {key: _override(old or {}, rest, value, path)}
 
 
 def merge(values: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

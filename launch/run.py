@@ -336,14 +336,12 @@ def _build(
     problem = experiment.task.build(comm.n, config.seed)
     evaluation = {"examples": config.evaluate_examples}
     elsewhere = checkpoint is not None and checkpoint.meta["n"] != comm.n
-    program = TrainingProgram(
-        comm,
-        problem,
-        experiment.oracle(),
-        experiment.algorithm,
-        evaluation,
-        start=checkpoint.mean() if checkpoint is not None and elsewhere else None,
-    )
+
+    def program_from(start: dict[str, torch.Tensor] | None) -> TrainingProgram:
+        oracle = experiment.oracle()
+        return TrainingProgram(comm, problem, oracle, experiment.algorithm, evaluation, start)
+
+    program = program_from(None)
     if checkpoint is None:
         return program
     here = checkpoint.meta.get("signature"), program.signature()
@@ -353,6 +351,8 @@ def _build(
             f"{_first_difference(*here)}; use the config.yaml of its run"
         )
     _require_steps_left(checkpoint, config.steps, folder)
+    if elsewhere:
+        program = program_from(checkpoint.mean())
     comm.step = checkpoint.meta["step"]
     comm.round = checkpoint.meta.get("round", comm.step * program.rounds_per_step)
     if elsewhere:
