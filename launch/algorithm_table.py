@@ -71,10 +71,10 @@ def markdown(rows: list[Row]) -> str:
 
 def _row(name: str) -> Row:
     cls = find("algorithm", name)
-    section = {"name": name}
+    section: dict[str, object] = {"name": name}
     if "local_steps" in cls.model_fields:
         section["local_steps"] = _LOCAL_STEPS
-    values = {
+    values: dict[str, object] = {
         "task": {"name": "breast-cancer", "model": "linear"},
         "oracle": {"name": "backprop", "batch_size": 4},
         "algorithm": section,

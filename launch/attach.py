@@ -12,25 +12,15 @@ from __future__ import annotations
 
 import atexit
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import PrivateAttr
 from torch import Tensor, nn
 
-from gossamer.algorithms.protocols import (
-    Algorithm,
-    Batches,
-    DataPlan,
-    Estimate,
-    Optimizer,
-    Oracle,
-    Problem,
-    RankBatches,
-    Sink,
-)
+from gossamer.algorithms.protocols import Algorithm, Batches
 from gossamer.algorithms.registry import find
+from gossamer.launch.attach_adapters import GivenGradient, TorchOptimizer
 from gossamer.launch.config import build_topology
 from gossamer.runtime import Communicator, ConfigError, RowLayout, open_transport
 from gossamer.runtime.component import validate
@@ -244,7 +234,7 @@ class _Part:
         x = comm.alloc(layout.d, layout.dtype)
         layout.gather(model, x[0])
         x.copy_(comm.broadcast(x, root=0, count=False))
-        self._oracle = _GivenGradient()
+        self._oracle = GivenGradient()
         self._oracle.give(self)
         self.state = algorithm.init(comm, self._oracle, x, _NO_BATCHES)
         self._bind()
@@ -276,93 +266,6 @@ class _Part:
             p.data = view
 
 
-class _GivenGradient(Oracle):
-    """The gradient that the user's own ``backward`` computed; at the current point only."""
-
-    _part: Any = PrivateAttr()
-
-    def give(self, part: _Part) -> None:
-        self._part = part
-
-    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
-        raise AssertionError("a loop of one's own draws its own batches")
-
-    @property
-    def layout(self) -> RowLayout:
-        layout: RowLayout = self._part.layout
-        return layout
-
-    def __call__(
-        self,
-        x: Tensor,
-        batch: RankBatches,
-        *,
-        combine: Sequence[tuple[float, Tensor]] | None = None,
-        sink: Sink | None = None,
-    ) -> Estimate:
-        if combine is not None or x.data_ptr() != self._part.state.x.data_ptr():
-            raise ConfigError(
-                "attach: this algorithm needs gradients at other points than the model's own; "
-                "run it from YAML, or choose dsgd, gradient-tracking or d-nasa (grad_point: old)"
-            )
-        unknown = torch.full((1,), float("nan"), dtype=torch.float64)
-        return Estimate(loss=unknown, grad=self._part.grad, weight=torch.ones_like(unknown))
-
-    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
-        raise AssertionError("the loss stays in the user's loop")
-
-
-class _TorchOptimizer(Optimizer):
-    """A torch optimizer as the local update of one row."""
-
-    lr: float = 1.0
-    _torch: Any = PrivateAttr()
-    _step: Any = PrivateAttr()
-    _parameters: Any = PrivateAttr()
-    _layout: Any = PrivateAttr()
-
-    def wrap(
-        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], layout: RowLayout
-    ) -> None:
-        self._torch, self._step = optimizer, optimizer.step
-        self._parameters, self._layout = parameters, layout
-
-    def init(self, x: Tensor) -> None:
-        """Keep no state: the torch optimizer has its own."""
-
-    def rate(self, comm: Communicator) -> float:
-        """Return the learning rate of the first group, as a scheduler left it."""
-        return float(self._torch.param_groups[0]["lr"])
-
-    def direction(self, state: None, x: Tensor, grad: Tensor, step: int) -> Tensor:
-        """Return (x - x after the optimizer's step) / lr; x is put back."""
-        before = x.clone()
-        self._move(x, grad)
-        moved = (before - x) / float(self._torch.param_groups[0]["lr"])
-        x.copy_(before)
-        return moved
-
-    def update_(self, state: None, x: Tensor, grad: Tensor, comm: Communicator) -> Tensor:
-        """Let the torch optimizer step in place with ``grad`` as the gradient."""
-        self._move(x, grad)
-        return x
-
-    def _move(self, x: Tensor, grad: Tensor) -> None:
-        mine = {id(p) for p in self._parameters}
-        others = [p for group in self._torch.param_groups for p in group["params"]]
-        aside = [(p, p.grad) for p in others if id(p) not in mine]
-        for p, _ in aside:
-            p.grad = None  # rows of other dtypes step by themselves; None is skipped
-        views = zip(
-            self._parameters, self._layout.views(x[0]), self._layout.views(grad[0]), strict=True
-        )
-        for p, value, g in views:
-            p.data, p.grad = value, g
-        self._step()
-        for p, g in aside:
-            p.grad = g
-
-
 def _algorithm(
     section: dict[str, Any],
     optimizer: torch.optim.Optimizer,
@@ -371,7 +274,7 @@ def _algorithm(
 ) -> Algorithm:
     cls = find("algorithm", str(section["name"]))
     assert issubclass(cls, Algorithm), cls
-    local = _TorchOptimizer()
+    local = TorchOptimizer()
     local.wrap(optimizer, layout.parameters(model), layout)
     values = {k: v for k, v in section.items() if k != "name"}
     try:

@@ -1,0 +1,127 @@
+"""What ``gossamer.attach`` puts in an algorithm's oracle and optimizer: the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from gossamer.algorithms.protocols import (
+    DataPlan,
+    Estimate,
+    Optimizer,
+    Oracle,
+    Problem,
+    RankBatches,
+    Sink,
+)
+from gossamer.runtime import Communicator, ConfigError, RowLayout
+
+__all__ = ["GivenGradient", "Part", "TorchOptimizer"]
+
+
+class Part(Protocol):
+    """The parameters of one dtype under an algorithm."""
+
+    state: Any
+    grad: Tensor
+
+    @property
+    def layout(self) -> RowLayout:
+        """How the parameters lie in the row."""
+        ...
+
+
+class GivenGradient(Oracle):
+    """The gradient that the user's own ``backward`` computed; at the current point only."""
+
+    _part: Part = PrivateAttr()
+
+    def give(self, part: Part) -> None:
+        """Say whose gradient it is."""
+        self._part = part
+
+    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
+        """Never called: there is no task."""
+        raise AssertionError("a loop of one's own draws its own batches")
+
+    @property
+    def layout(self) -> RowLayout:
+        """How the parameters lie in the row."""
+        return self._part.layout
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+        sink: Sink | None = None,
+    ) -> Estimate:
+        """Return the gradient row as ``backward`` left it."""
+        if combine is not None or x.data_ptr() != self._part.state.x.data_ptr():
+            raise ConfigError(
+                "attach: this algorithm needs gradients at other points than the model's own; "
+                "run it from YAML, or choose dsgd, gradient-tracking or d-nasa (grad_point: old)"
+            )
+        unknown = torch.full((1,), float("nan"), dtype=torch.float64)
+        return Estimate(loss=unknown, grad=self._part.grad, weight=torch.ones_like(unknown))
+
+    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
+        """Never called: the loop keeps its loss."""
+        raise AssertionError("the loss stays in the user's loop")
+
+
+class TorchOptimizer(Optimizer):
+    """A torch optimizer as the local update of one row."""
+
+    lr: float = 1.0
+    _torch: Any = PrivateAttr()
+    _step: Any = PrivateAttr()
+    _parameters: Any = PrivateAttr()
+    _layout: Any = PrivateAttr()
+
+    def wrap(
+        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], layout: RowLayout
+    ) -> None:
+        """Say which optimizer, and which of its parameters lie in the row."""
+        self._torch, self._step = optimizer, optimizer.step
+        self._parameters, self._layout = parameters, layout
+
+    def init(self, x: Tensor) -> None:
+        """Keep no state: the torch optimizer has its own."""
+
+    def rate(self, comm: Communicator) -> float:
+        """Return the learning rate of the first group, as a scheduler left it."""
+        return float(self._torch.param_groups[0]["lr"])
+
+    def direction(self, state: None, x: Tensor, grad: Tensor, step: int) -> Tensor:
+        """Return (x - x after the optimizer's step) / lr; x is put back."""
+        before = x.clone()
+        self._move(x, grad)
+        moved = (before - x) / float(self._torch.param_groups[0]["lr"])
+        x.copy_(before)
+        return moved
+
+    def update_(self, state: None, x: Tensor, grad: Tensor, comm: Communicator) -> Tensor:
+        """Let the torch optimizer step in place with ``grad`` as the gradient."""
+        self._move(x, grad)
+        return x
+
+    def _move(self, x: Tensor, grad: Tensor) -> None:
+        mine = {id(p) for p in self._parameters}
+        others = [p for group in self._torch.param_groups for p in group["params"]]
+        aside = [(p, p.grad) for p in others if id(p) not in mine]
+        for p, _ in aside:
+            p.grad = None  # rows of other dtypes step by themselves; None is skipped
+        views = zip(
+            self._parameters, self._layout.views(x[0]), self._layout.views(grad[0]), strict=True
+        )
+        for p, value, g in views:
+            p.data, p.grad = value, g
+        self._step()
+        for p, g in aside:
+            p.grad = g
