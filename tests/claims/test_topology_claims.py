@@ -26,26 +26,28 @@ WINE = {
     "base_3": (0.161666884747, 0.007722537856),
     "complete": (0.159564909304, 0.0),
 }
-LAUNCHERS = {
-    "stacked": [sys.executable, "-m", "gossamer", "run"],
-    "gloo": [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
-        "-m", "gossamer", "run",
-    ],
-    "mpi": [
-        shutil.which("mpirun", path=str(Path(sys.executable).parent)) or "mpirun", "-n", "2",
-        sys.executable, "-m", "gossamer", "run",
-    ],
-}  # fmt: skip
+STARTED_BY = {
+    "gossamer": ("stacked", []),
+    "torchrun": (
+        "gloo",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"],
+    ),
+    "mpirun": (
+        "mpi",
+        [shutil.which("mpirun", path=str(Path(sys.executable).parent)) or "mpirun", "-n", "2"],
+    ),
+}
+DIRICHLET_SEEDS = 8  # the splits differ more than the graphs do: three seeds are too few
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("transport", LAUNCHERS)
-def test_seven_graphs_give_the_known_figures_to_nine_digits(
-    transport, launch_environment, tmp_path
-):
-    command = [*LAUNCHERS[transport], str(EXPERIMENTS / "wine.yaml"), "--out", str(tmp_path / "r")]
+@pytest.mark.parametrize("launcher", STARTED_BY)
+def test_seven_graphs_give_the_known_figures_to_nine_digits(launcher, launch_environment, tmp_path):
+    transport, command = STARTED_BY[launcher]
+    python = [] if launcher == "torchrun" else [sys.executable]
+    command = [*command, *python, "-m", "gossamer", "run", str(EXPERIMENTS / "wine.yaml")]
+    command += ["--out", str(tmp_path / "r")]
     done = subprocess.run(
         command, env=launch_environment, capture_output=True, text=True, timeout=280
     )
@@ -62,11 +64,12 @@ def test_seven_graphs_give_the_known_figures_to_nine_digits(
 @pytest.mark.timeout(900)
 def test_a_denser_graph_trains_better_on_different_data(lab: Laboratory):
     values = load_yaml(EXPERIMENTS / "dirichlet.yaml")
+    values["oracle"]["vectorize"] = True  # 16 ranks in one pass; the bits do not matter here
     runs = {
         name: Simulation(config.model_dump(exclude_none=True))
         for name, config in variants_of(values).items()
     }
-    found = lab.run(runs)
+    found = lab.run(runs, seeds=DIRICHLET_SEEDS)
     accuracy = {name: sample.last("rank_accuracy").mean() for name, sample in found.items()}
     distance = {name: sample.last("consensus").mean() for name, sample in found.items()}
     assert accuracy["base_5"] >= accuracy["ring"] + 0.02
