@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.conditions import require_doubly_stochastic, require_static
 from gossamer.algorithms.decentralized.compressors import (
-    AnyCompressor,
+    Contraction,
     TopK,
     average_compressed,
 )
@@ -57,7 +57,7 @@ class Choco(Algorithm):
     """
 
     name: Literal["choco"] = "choco"
-    compressor: AnyCompressor = TopK()
+    compressor: Contraction = TopK()
     """What is sent of a difference: top-k, random-k, sign, qsgd or identity, with its options."""
     gamma: float = Field(default=0.2, gt=0, le=1)
     """Consensus step. The theory's bound is far below what works; tune .1 to .6 (as measured: .1
@@ -66,15 +66,6 @@ class Choco(Algorithm):
     """A: exchange, then average. B: average with the old copies, then exchange."""
     optimizer: Optimizer = Field(exclude=True)
     """The local update; any optimizer."""
-
-    @model_validator(mode="after")
-    def _contraction(self) -> Choco:
-        if getattr(self.compressor, "unbiased", False):
-            raise ValueError(
-                "compressor: choco needs a contraction, which the unbiased form is not; "
-                "drop 'unbiased'"
-            )
-        return self
 
     def adapt(self, topology: Topology) -> Topology:
         """Ask for a fixed, doubly stochastic W."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from gossamer.algorithms.decentralized.packing import (
@@ -31,6 +31,7 @@ __all__ = [
     "QSGD",
     "AnyCompressor",
     "Compressor",
+    "Contraction",
     "Identity",
     "RandomK",
     "Sign",
@@ -245,6 +246,16 @@ AnyCompressor = Annotated[
     BeforeValidator(_hyphenated),
 ]
 """A compressor by its name, for the field of an algorithm."""
+
+
+def _contracting(compressor: AnyCompressor) -> AnyCompressor:
+    if getattr(compressor, "unbiased", False):
+        raise ValueError("needs a contraction, which the unbiased form is not; drop 'unbiased'")
+    return compressor
+
+
+Contraction = Annotated[AnyCompressor, AfterValidator(_contracting)]
+"""A compressor with E ||C(v) - v||^2 <= (1 - delta) ||v||^2, which remembered errors ask for."""
 
 
 def average_compressed(

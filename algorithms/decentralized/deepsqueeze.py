@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.decentralized.compressors import (
-    AnyCompressor,
+    Contraction,
     TopK,
     average_compressed,
 )
@@ -51,7 +51,7 @@ class DeepSqueeze(Algorithm):
     """
 
     name: Literal["deepsqueeze"] = "deepsqueeze"
-    compressor: AnyCompressor = TopK()
+    compressor: Contraction = TopK()
     """What is sent: top-k, random-k, sign, qsgd or identity, with its options."""
     gamma: float = Field(default=0.1, gt=0, le=1)
     """Consensus step; tune it together with the compressor."""

@@ -19,6 +19,7 @@ from gossamer.algorithms.decentralized.choco import Choco
 from gossamer.algorithms.decentralized.deepsqueeze import DeepSqueeze
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.runtime import ConfigError
+from gossamer.runtime.component import validate
 from gossamer.topologies import build
 
 
@@ -79,11 +80,17 @@ def test_choco_a_with_identity_and_gamma_one_is_dsgd():
         close(choco.x, dsgd.x)
 
 
-def test_choco_refuses_schedules_and_unbiased_compressors():
+def test_choco_refuses_schedules():
     with pytest.raises(ConfigError, match="changes over time"):
         Choco(optimizer=PLAIN).adapt(build("one_peer_exponential", 8))
-    with pytest.raises(ValueError, match="needs a contraction"):
-        Choco(compressor={"name": "qsgd", "unbiased": True}, optimizer=PLAIN)
+
+
+@pytest.mark.parametrize("algorithm", [Choco, DeepSqueeze])
+@pytest.mark.parametrize("compressor", ["qsgd", "random-k"])
+def test_what_remembers_an_error_refuses_unbiased_compressors(algorithm, compressor):
+    fields = {"compressor": {"name": compressor, "unbiased": True}, "optimizer": PLAIN}
+    with pytest.raises(ConfigError, match=r"algorithm\.compressor: needs a contraction"):
+        validate(algorithm, fields, "algorithm")
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c["name"])
