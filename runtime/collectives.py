@@ -8,6 +8,7 @@ gathered. The bytes counted are those of that algorithm between ranks: 2 (n-1)/n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -217,6 +218,9 @@ def _sum_rows(blocks: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         out = torch.empty(1, first.shape[1], dtype=first.dtype, device=first.device)
     if not first.dtype.is_floating_point:  # exact in any order
         return torch.sum(torch.cat(list(blocks)), dim=0, keepdim=True, out=out)
-    n = sum(block.shape[0] for block in blocks)
-    terms = Terms(np.array([0, n], np.int64), np.arange(n, dtype=np.int64), np.ones(n))
-    return weighted_sum(blocks, terms, out)
+    return weighted_sum(blocks, _ones(sum(block.shape[0] for block in blocks)), out)
+
+
+@lru_cache(maxsize=16)
+def _ones(n: int) -> Terms:
+    return Terms(np.array([0, n], np.int64), np.arange(n, dtype=np.int64), np.ones(n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Placement:
                 f"set ranks to {self.processes} or a multiple, or start {self.n} processes"
             )
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray:
         """Return the first rank of each process and, last, n: int64 (processes + 1,)."""
         base, extra = divmod(self.n, self.processes)

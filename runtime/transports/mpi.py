@@ -19,8 +19,10 @@ from gossamer.runtime.transports.base import Pending, Transfers
 __all__ = ["MPITransport"]
 
 _TAG = 77
+_SPIN_S = 0.0001
+"""How long a wait polls without a pause: most answers are there by then."""
 _YIELD_S = 0.002
-"""How long a wait polls, giving way to other processes, before it sleeps between polls."""
+"""How long it then polls giving way to other processes, before it sleeps between polls."""
 _MAX_SLEEP_S = 0.001
 _PIECE_BYTES = 1 << 30
 """MPI counts are 32-bit ints: longer messages travel in pieces."""
@@ -46,13 +48,15 @@ class _Requests:
 
     def wait(self, timeout_s: float) -> None:
         # Testall, not Waitall: it can be bounded in time, and a sleeping poll leaves the cores to
-        # the computation when ranks outnumber them. Most answers come at once, and a sleep costs
-        # more than they do: yield first.
+        # the computation when ranks outnumber them. A sleep costs more than most answers take, and
+        # so does a yield where others want the core.
         begin = time.monotonic()
         sleep_s = 2e-5
         try:
             while not self._mpi.Request.Testall(self._requests):
                 waited = time.monotonic() - begin
+                if waited < _SPIN_S:
+                    continue
                 if waited < _YIELD_S:
                     os.sched_yield()
                     continue
