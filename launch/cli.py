@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from gossamer.launch.commands import topology
+from gossamer.launch.commands import bench, topology
 from gossamer.launch.commands.algorithms import algorithms
 from gossamer.launch.commands.doctor import doctor
 from gossamer.launch.commands.plan import plan
@@ -63,6 +63,7 @@ app.command()(report)
 app.command()(algorithms)
 app.command()(plan)
 app.add_typer(topology.app, name="topology")
+app.add_typer(bench.app, name="bench")
 app.command()(submit)
 app.command()(doctor)
 app.command()(reproduce)
