@@ -68,6 +68,13 @@ class Backprop(Oracle):
             raise ConfigError("oracle.sampling: a streaming task has no full batch; use 'shuffle'")
         if self.vectorize and self.micro_batch_size:
             raise ConfigError("oracle.micro_batch_size: has no effect with vectorize; drop one")
+        if self.vectorize and any(
+            getattr(m, "track_running_stats", False) for m in problem.module.modules()
+        ):
+            raise ConfigError(
+                "oracle.vectorize: the model keeps running statistics (BatchNorm), one set per "
+                "rank; use GroupNorm or LayerNorm, or vectorize: false"
+            )
         return DataPlan(batch_size=self.batch_size, sampling=self.sampling)
 
     @property
@@ -147,31 +154,36 @@ class Backprop(Oracle):
         weight: Tensor,
         draw: int,
     ) -> Estimate:
-        grads = []
+        grads, losses = [], None
         for _, point in points:
             grad = torch.zeros_like(self._grad)
-            self._gradients(point, batch, grad, draw)
+            found = self._gradients(point, batch, grad, draw)
+            losses = found if point is x else losses
             grads.append(grad)
         terms = [(c, grad) for (c, _), grad in zip(points, grads, strict=True)]
         total = combine(terms, out=self._grad)
         self._scale(total, batch, weight)
-        return Estimate(loss=self.loss(x, batch), grad=total, weight=weight)
+        losses = self.loss(x, batch) if losses is None else losses
+        return Estimate(loss=losses, grad=total, weight=weight)
 
     def _gradients(self, x: Tensor, batch: RankBatches, grad: Tensor, draw: int) -> Tensor:
         """Write the gradients at x into ``grad``; return the losses (local,) float64."""
         if self.vectorize:
             from gossamer.algorithms.oracles.vectorized import vectorized_gradients
 
+            self._seed_dropout(self._comm.ranks.start, draw)
             with self._cast():
                 return vectorized_gradients(self._problem, self._layout, x, batch, grad)
         grad.zero_()
         losses = torch.empty(len(batch), dtype=torch.float64)
         for i, (rank, examples) in enumerate(zip(self._comm.ranks, batch, strict=True)):
-            # The masks of dropout come from torch's generator: count it like any other stream.
-            seed = self._comm.random("dropout", ids=(rank,), draw=draw).seed()
-            torch.manual_seed(seed)
+            self._seed_dropout(rank, draw)
             losses[i] = self._backward(x[i], grad[i], i, examples.inputs)
         return losses
+
+    def _seed_dropout(self, rank: int, draw: int) -> None:
+        """Count the masks of dropout, which come from torch's generator, like any other stream."""
+        torch.manual_seed(self._comm.random("dropout", ids=(rank,), draw=draw).seed())
 
     def _backward(self, row: Tensor, grad: Tensor, i: int, inputs: tuple[Tensor, ...]) -> Tensor:
         module = self._module_at(row, i, grad)

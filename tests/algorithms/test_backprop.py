@@ -164,9 +164,10 @@ def test_a_mean_over_ranks_weighs_them_alike():
         torch.testing.assert_close(oracle.layout.values(grad[i]), expected, rtol=0, atol=1e-13)
 
 
-def test_dropout_masks_are_counted_by_rank_and_step():
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_dropout_masks_are_counted_by_rank_and_step(vectorize):
     net = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, CLASSES))
-    comm, oracle, x, batches = prepared(problem(net))
+    comm, oracle, x, batches = prepared(problem(net), vectorize=vectorize)
     x[:] = x[0].clone()
     same = [batches[0]] * N
     first = oracle(x, same).grad.clone()
@@ -176,6 +177,8 @@ def test_dropout_masks_are_counted_by_rank_and_step():
     comm.step = 0
     torch.manual_seed(12345)  # nothing depends on the global generator
     assert torch.equal(oracle(x, same).grad, first)
+    # Every point of a combination sees the same masks.
+    assert not oracle(x, same, combine=[(1.0, x), (-1.0, x.clone())]).grad.any()
 
 
 def test_every_rank_keeps_its_own_running_statistics():
@@ -224,6 +227,19 @@ def test_an_empty_batch_gives_a_zero_gradient():
     assert not estimate.grad[0].any()
     assert estimate.weight[0] == 0
     assert estimate.grad[1].any()
+
+
+def test_a_combination_goes_once_over_each_point():
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES))
+    _, oracle, x, batches = prepared(problem(net))
+    oracle(x, batches, combine=[(1.0, x), (-0.5, x + 1)])
+    assert oracle.state_dict()["buffers.1.num_batches_tracked"].tolist() == [2] * N
+
+
+def test_running_statistics_with_vectorize_are_refused():
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES))
+    with pytest.raises(ConfigError, match="running statistics"):
+        prepared(problem(net), vectorize=True)
 
 
 def test_micro_batches_with_vectorize_are_refused():
