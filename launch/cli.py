@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 # typer carries its own copy of click; this is the base of its usage errors in either.
-_UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def _invoke() -> int:
