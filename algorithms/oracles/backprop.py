@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.oracles.buffers import BufferRows
 from gossamer.algorithms.protocols import (
+    Batch,
     DataPlan,
     Estimate,
     Oracle,
@@ -96,7 +97,7 @@ class Backprop(Oracle):
         sink: Sink | None = None,
     ) -> Estimate:
         """Return the mean gradient over each rank's batch; the gradient row is reused."""
-        draw = self._next_draw()
+        draw, batch = self._next_draw(), self._moved(batch)
         weight = self._weights(batch)
         if combine is not None:
             return self._combined(x, batch, combine, weight, draw)
@@ -112,7 +113,7 @@ class Backprop(Oracle):
         """Return the losses at x, (local,) float64."""
         losses = torch.empty(len(batch), dtype=torch.float64)
         with torch.no_grad(), self._cast():
-            for i, examples in enumerate(batch):
+            for i, examples in enumerate(self._moved(batch)):
                 module = self._module_at(x[i], i)
                 losses[i] = self._problem.loss(module, examples.inputs)
         return losses
@@ -133,6 +134,12 @@ class Backprop(Oracle):
         calls = calls + 1 if step == self._comm.step else 0
         self._calls = (self._comm.step, calls)
         return calls
+
+    def _moved(self, batch: RankBatches) -> RankBatches:
+        """Return the batches where the module is: datasets stay on the CPU."""
+        if self._comm.device.type == "cpu":
+            return batch
+        return [Batch(tuple(t.to(self._comm.device) for t in b.inputs), b.indices) for b in batch]
 
     def _module_at(self, row: Tensor, i: int, grad: Tensor | None = None) -> nn.Module:
         self._layout.bind(self._problem.module, row, grad)

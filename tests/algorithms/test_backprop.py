@@ -43,8 +43,8 @@ def problem(module=None, sizes=(8,) * N, dtype=torch.float32, **options):
     return Problem(module.to(dtype), train, shards, cross_entropy, **options)
 
 
-def prepared(prob, n=N, **options):
-    comm = Communicator(build("ring", n), StackedTransport())
+def prepared(prob, n=N, device="cpu", **options):
+    comm = Communicator(build("ring", n), StackedTransport(device))
     oracle = Backprop(**options)
     oracle.setup(comm, prob)
     x = comm.alloc(oracle.layout.d, oracle.layout.dtype)
@@ -227,6 +227,16 @@ def test_an_empty_batch_gives_a_zero_gradient():
     assert not estimate.grad[0].any()
     assert estimate.weight[0] == 0
     assert estimate.grad[1].any()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_gpu_gives_the_gradients_of_the_cpu(vectorize):
+    _, here, x, batches = prepared(problem(dtype=torch.float64))
+    _, there, y, _ = prepared(problem(dtype=torch.float64), device="cuda", vectorize=vectorize)
+    expected, got = here(x, batches), there(y, batches)  # examples come from the CPU
+    torch.testing.assert_close(got.grad.cpu(), expected.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(there.loss(y, batches), expected.loss, rtol=0, atol=1e-12)
 
 
 def test_a_combination_goes_once_over_each_point():
