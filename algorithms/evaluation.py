@@ -132,10 +132,10 @@ class Evaluator:
             layout.bind(self._problem.module, point[0], grad)
             sums.append(self._sums(self._shard(rank), backward=True))
         weight, table = self._table(sums)
-        if self._objective == "ranks":
-            share = 1 / weight
-        else:
-            share = (comm.n / comm.all_reduce(weight, count=False)).expand_as(weight)
+        share = 1 / weight
+        if self._objective == "examples":
+            whole = weight * self._thinned()
+            share = share * whole * (comm.n / comm.all_reduce(whole, count=False))
         # Now row i is rank i's term of a mean over ranks: f_i, or n N_i / N f_i.
         gradient = comm.all_reduce(grads.mul_(share.to(grads)), op="mean", count=False)
         means = comm.all_reduce(table * share, op="mean", count=False)
@@ -214,6 +214,13 @@ class Evaluator:
             return drawn, np.arange(count)
         shard = self._problem.shards[rank]
         return self._problem.train, _spread(shard, self._examples)
+
+    def _thinned(self) -> Tensor:
+        """Return how many examples of a shard each evaluated one stands for, (local, 1)."""
+        sizes = [len(s) for s in self._problem.shards] or [1] * self._comm.n
+        most = self._examples or max(sizes)
+        ratios = [[sizes[rank] / min(sizes[rank], most)] for rank in self._comm.ranks]
+        return torch.tensor(ratios, dtype=torch.float64, device=self._comm.device)
 
     def _test_places(self, test: Dataset) -> np.ndarray:
         return _spread(np.arange(len(test)), self._examples)

@@ -176,6 +176,22 @@ def test_a_cap_takes_examples_from_all_over_a_sorted_shard():
     assert torch.cat(seen).tolist() == list(range(10))
 
 
+def test_a_capped_shard_still_weighs_what_it_holds():
+    values = torch.tensor([0.0] * 90 + [1.0] * 10)
+    problem = Problem(
+        module=nn.Linear(1, 1),
+        train=TensorDataset((values,)),
+        shards=(np.arange(90), np.arange(90, 100)),
+        loss=lambda module, inputs: inputs[0].mean() + 0 * module.weight.sum(),
+    )
+    x, layout = rows_around(problem, 2)
+    comm = RankGroup(2, StackedTransport())
+    for objective, loss in (("examples", 0.1), ("ranks", 0.5)):
+        for cap in (None, 20, 5):
+            figures = evaluate(comm, problem, x, layout, objective=objective, examples=cap)
+            assert figures["loss"] == pytest.approx(loss, rel=1e-12)
+
+
 def test_a_stream_is_evaluated_on_fresh_examples_of_its_own():
     problem = LeastSquares(dtype="float64", features=10, noise=0.0).build(3, 0)
     x, layout = rows_around(problem, 3)
