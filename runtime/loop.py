@@ -118,7 +118,9 @@ def run_loop(
     poll = _StopPoll(comm, stop)
     saved_at = comm.step
     if comm.step == 0:
-        log({"step": 0, **program.evaluate()})
+        with clock.paused():
+            start = program.evaluate()
+        log({"step": 0, **start})
     while comm.step < options.steps:
         if before_step is not None:
             before_step(comm.step)
