@@ -16,7 +16,18 @@ from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.program import TrainingProgram
 from gossamer.algorithms.sampling import Sampler
 from gossamer.algorithms.tasks.bundled import BreastCancer
-from gossamer.launch.reproduce.dnasa import PAPER, digits, sgd, tumours
+from gossamer.launch.reproduce.dnasa import (
+    ablation,
+    bias,
+    digits,
+    hard_ring,
+    loss_scale,
+    no_tuning,
+    sgd,
+    speed_up,
+    topologies,
+    tumours,
+)
 from gossamer.launch.reproduce.linear_oracle import LinearLogistic
 from gossamer.launch.reproduce.simulation import Laboratory, simulate
 from gossamer.runtime import Communicator, StackedTransport
@@ -24,16 +35,26 @@ from gossamer.topologies import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-IN_REPRODUCE = [name for name in PAPER.groups if name != "a9a"]  # that one needs data files
+# Seeds per group: as many as the page's own figures had, or two where those were means of many.
+IN_REPRODUCE = {
+    no_tuning: 1,
+    loss_scale: 1,
+    topologies: 2,
+    speed_up: 2,
+    bias: 1,
+    ablation: 2,
+    hard_ring: 3,
+}
 HERE = user_algorithms.__name__
 
 # i -> i + 1 around eight ranks, and 2, 4, 6 -> 0.
 DIGRAPH = [[i, (i + 1) % 8] for i in range(8)] + [[i, 0] for i in (2, 4, 6)]
 
 
-@pytest.mark.parametrize("group", IN_REPRODUCE)
-def test_the_claims_of_the_dnasa_paper_hold(group, lab: Laboratory):
-    claims = list(PAPER.groups[group](lab))
+@pytest.mark.parametrize("group", IN_REPRODUCE, ids=lambda group: group.__name__)
+def test_the_claims_of_the_dnasa_paper_hold(group, lab: Laboratory, monkeypatch):
+    monkeypatch.setattr(lab, "seeds", IN_REPRODUCE[group])
+    claims = list(group(lab))
     failed = [claim for claim in claims if claim.passed is False]
     assert not failed
     assert any(claim.passed for claim in claims)
