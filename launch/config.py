@@ -100,8 +100,10 @@ class Experiment:
                 "and no oracle here wraps another; give one"
             )
         section: Section = {"name": stack[0]} if isinstance(stack[0], str) else stack[0]
-        if self.algorithm.objective is not None and section.get("objective", "auto") == "auto":
-            section = {**section, "objective": self.algorithm.objective}
+        takes_one = "objective" in _class_of("oracle", section, Oracle).model_fields
+        wish = self.algorithm.objective
+        if takes_one and wish is not None and section.get("objective", "auto") == "auto":
+            section = {**section, "objective": wish}
         return _component("oracle", section, Oracle)
 
     def resolved(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gossamer.launch.cli import main
+from gossamer.launch.config import Experiment, resolve
 
 BASE = {
     "task": {"name": "wine", "model": "linear"},
@@ -233,6 +234,11 @@ def test_an_optimizer_inside_the_algorithm_is_sent_outside(refused):
         changed(algorithm={"optimizer": {"name": "sgd", "lr": 1}}),
         ["algorithm.optimizer", "beside 'algorithm:'"],
     )
+
+
+def test_all_reduce_takes_an_oracle_that_has_no_objective_to_choose():
+    oracle = {"name": "gossamer.launch.reproduce.linear_oracle:LinearLogistic"}
+    Experiment(resolve(changed(algorithm={"name": "all-reduce"}) | {"oracle": oracle}), 2)
 
 
 def test_several_oracles_that_do_not_stack_are_refused(refused):
