@@ -1,4 +1,4 @@
-"""MT-DSGT: gradient tracking that averages several times a step, accelerated (arXiv:2210.07863)."""
+"""MT-DSGT: gradient tracking with several, accelerated averages a step (as arXiv:2006.08085)."""
 
 from __future__ import annotations
 
