@@ -21,7 +21,7 @@ from typing import Any
 
 from gossamer.runtime.errors import ConfigError
 
-__all__ = ["end_siblings", "run_mpi", "run_processes"]
+__all__ = ["end_siblings", "end_with_torchrun", "run_mpi", "run_processes"]
 
 _GRACE_S = 2.0
 """After one process failed, how long the others may take to say which peer they lost."""
@@ -131,6 +131,12 @@ class _forwarded_signals:
                 os.kill(child.pid, number)
 
 
+def end_with_torchrun() -> None:
+    """Let a SIGKILL of torchrun, which would leave this worker running, be a SIGTERM here."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def end_siblings() -> None:
     """Leave behind a process that ends what the launcher started beside this one, if it hangs on.
 
@@ -196,6 +202,8 @@ def run_mpi(count: int, arguments: Sequence[str]) -> int:
     # refuses the first two and prints the third. A variable that is set is left alone.
     os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    # mpirun kills one second after it was told to end: leave time to save.
+    os.environ.setdefault("PRTE_MCA_odls_base_sigkill_timeout", "30")
     if os.geteuid() == 0:
         os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
         os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")

@@ -21,6 +21,7 @@ import gossamer
 from gossamer.algorithms.program import TrainingProgram
 from gossamer.launch.agreement import SilencedError, raise_together, share_text
 from gossamer.launch.config import Experiment, RunConfig, merge, resolve
+from gossamer.launch.processes import end_with_torchrun
 from gossamer.launch.recorder import Recorder, check_tensorboard, write_whole
 from gossamer.runtime import Communicator, native
 from gossamer.runtime.checkpoint import Checkpoint, discard_after, save
@@ -163,6 +164,7 @@ def execute(request: Request) -> int:
     if request.resume is not None and checkpoint is None and process_index() == 0:
         print(f"gossamer: {request.resume} has no checkpoint yet; from step 0", file=sys.stderr)
     torch.set_num_threads(first.threads)
+    end_with_torchrun()
     transport = open_transport(first.transport, timeout_s=first.timeout_s)
     try:
         root = _make_folder(request, transport, first.timeout_s, checkpoint)
