@@ -11,8 +11,10 @@ that ``loss.backward()`` left and the torch optimizer as the local update.
 from __future__ import annotations
 
 import atexit
+import sys
 import types
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -20,11 +22,12 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.protocols import Algorithm, Batches
 from gossamer.algorithms.registry import find
-from gossamer.launch.attach_adapters import GivenGradient, TorchOptimizer
+from gossamer.launch.attach_adapters import GivenGradient, TorchOptimizer, TorchSGD
 from gossamer.launch.config import build_topology
 from gossamer.runtime import Communicator, ConfigError, RowLayout, open_transport
 from gossamer.runtime.component import validate
 from gossamer.runtime.state import flatten, restore
+from gossamer.runtime.transports import Transport
 from gossamer.runtime.transports.select import world_size
 from gossamer.topologies import Topology
 
@@ -64,7 +67,20 @@ def init(
     opened = open_transport(transport, timeout_s=timeout_s)
     _default = Communicator(graph, opened, seed=seed, timeout_s=timeout_s)
     atexit.register(_default.close)
+    if opened.name == "mpi" and opened.processes > 1:
+        sys.excepthook = _abort_world(opened, sys.excepthook)
     return _default
+
+
+def _abort_world(transport: Transport, before: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook for uncaught errors: MPI would let the others wait for this rank for ever."""
+
+    def hook(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+        before(kind, error, at)
+        sys.stderr.flush()
+        transport.abort(1)
+
+    return hook
 
 
 def attach(
@@ -81,10 +97,10 @@ def attach(
 
     Parameters move into one flat row per dtype (their ``.data`` become views; frozen ones stay
     where they are, tied ones appear once) and start equal to rank 0's. Schedulers, gradient
-    accumulation, clipping and loss scaling work as before: the object returned is the one given.
-    Where the algorithm makes the local step from another direction (a tracked gradient, D-NASA's
-    normalised average) the torch optimizer gets that direction in place of the gradient; with
-    ``SGD(lr=1.0)`` D-NASA is exact.
+    accumulation, clipping and loss scaling (a step that overflows on one rank is skipped on all)
+    work as before: the object returned is the one given. Where the algorithm makes the local step
+    from another direction (a tracked gradient, D-NASA's normalised average) the torch optimizer
+    gets that direction in place of the gradient; with ``SGD(lr=1.0)`` D-NASA is exact.
 
     Args:
         model: holds every parameter of ``optimizer``.
@@ -117,12 +133,15 @@ def attach(
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        attachment.step()
+        if attachment.unscale(self):
+            attachment.step()
         return loss
 
     # A bound method: learning-rate schedulers wrap ``step.__func__``.
     optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
     optimizer.gossamer = attachment  # type: ignore[attr-defined]
+    # A GradScaler then calls step() on overflow too, and leaves the decision to ``unscale``.
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     return optimizer
 
 
@@ -147,6 +166,7 @@ class Attachment:
             raise ConfigError(f"attach: every must be at least 1, got {every}")
         if comm.local != 1:
             raise ConfigError(f"attach: one rank per process, this one hosts {comm.local}")
+        _check_optimizer(optimizer)
         _check_parameters(model, optimizer)
         self._model, self._every, self._calls = model, every, 0
         self._local_step = optimizer.step
@@ -179,6 +199,22 @@ class Attachment:
             self._average_buffers()
         self.comm.step += 1
         self.comm.round += self.parts[0].algorithm.rounds_per_step
+
+    def unscale(self, optimizer: Any) -> bool:
+        """Divide a GradScaler's scale out; return False, on every rank, if any rank overflowed."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None:
+            return True
+        scale = optimizer.grad_scale
+        optimizer.found_inf = optimizer.grad_scale = None  # torch's own step refuses them
+        if not self.comm.agree(not bool(found_inf)):
+            return False
+        if scale is not None:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.div_(scale)
+        return True
 
     def consensus(self) -> float:
         """Return sqrt(mean over ranks of ||x_i - mean||^2); every rank calls it."""
@@ -213,7 +249,7 @@ class Attachment:
             restore(part.state, saved["tensors"], saved["scalars"])
 
     def _average_buffers(self) -> None:
-        flat = torch.cat([b.detach().reshape(-1).float() for b in self._buffers])[None]
+        flat = torch.cat([b.detach().reshape(-1).double() for b in self._buffers])[None]
         mixed = self.comm.neighbor_average(flat)[0]
         for buffer, values in zip(
             self._buffers, mixed.split([b.numel() for b in self._buffers]), strict=True
@@ -229,6 +265,12 @@ class _Part:
     ) -> None:
         self.algorithm, self._comm, self._layout = algorithm, comm, layout
         self._parameters = layout.parameters(model)
+        for s, p in zip(layout.slices, self._parameters, strict=True):
+            if p.device != comm.device:
+                raise ConfigError(
+                    f"attach: {s.name} is on {p.device}, transport {comm.transport.name} moves "
+                    f"{comm.device}; move the model there, or choose another transport"
+                )
         self._model = model
         self.grad = comm.alloc(layout.d, layout.dtype)
         x = comm.alloc(layout.d, layout.dtype)
@@ -282,10 +324,14 @@ def _algorithm(
     except ConfigError as error:
         if "optimizer" not in str(error):
             raise
-        raise ConfigError(
-            f"attach: {section['name']} fixes the local update and takes plain SGD only, not "
-            f"{type(optimizer).__name__}; run it from YAML, or choose dsgd or gradient-tracking"
-        ) from None
+        plain = TorchSGD.of(optimizer)
+        if plain is None:
+            raise ConfigError(
+                f"attach: {section['name']} makes the local update itself and takes "
+                f"torch.optim.SGD without momentum only, not {type(optimizer).__name__}; or "
+                "choose dsgd or gradient-tracking, which take any"
+            ) from None
+        rule = validate(cls, {**values, "optimizer": plain}, "attach: algorithm")
     if rule.batches_per_step != 1:
         raise ConfigError(
             f"attach: {section['name']} takes {rule.batches_per_step} batches a step; "
@@ -298,6 +344,16 @@ def _topology(topology: str | Mapping[str, Any] | Topology, n: int) -> Topology:
     if isinstance(topology, Topology):
         return topology
     return build_topology({"name": topology} if isinstance(topology, str) else dict(topology), n)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if hasattr(optimizer, "gossamer"):
+        raise ConfigError("attach: this optimizer is attached already; make a new one")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "attach: LBFGS evaluates the loss many times a step; choose an optimizer of one "
+            "gradient a step, such as SGD or AdamW"
+        )
 
 
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -9,6 +9,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.protocols import (
     DataPlan,
     Estimate,
@@ -20,7 +21,7 @@ from gossamer.algorithms.protocols import (
 )
 from gossamer.runtime import Communicator, ConfigError, RowLayout
 
-__all__ = ["GivenGradient", "Part", "TorchOptimizer"]
+__all__ = ["GivenGradient", "Part", "TorchOptimizer", "TorchSGD"]
 
 
 class Part(Protocol):
@@ -95,14 +96,14 @@ class TorchOptimizer(Optimizer):
         """Keep no state: the torch optimizer has its own."""
 
     def rate(self, comm: Communicator) -> float:
-        """Return the learning rate of the first group, as a scheduler left it."""
-        return float(self._torch.param_groups[0]["lr"])
+        """Return 1: the optimizer's own rates, of any group, are in the direction already."""
+        return 1.0
 
     def direction(self, state: None, x: Tensor, grad: Tensor, step: int) -> Tensor:
-        """Return (x - x after the optimizer's step) / lr; x is put back."""
+        """Return x - x after the optimizer's step; x is put back."""
         before = x.clone()
         self._move(x, grad)
-        moved = (before - x) / float(self._torch.param_groups[0]["lr"])
+        moved = before - x
         x.copy_(before)
         return moved
 
@@ -125,3 +126,37 @@ class TorchOptimizer(Optimizer):
         self._step()
         for p, g in aside:
             p.grad = g
+
+
+class TorchSGD(SGD):
+    """A plain torch SGD, for the rules that make the local update themselves."""
+
+    _torch: Any = PrivateAttr()
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> TorchSGD | None:
+        """Return the adapter; None where the optimizer is not SGD alone, alike in all groups."""
+        group = optimizer.param_groups[0]
+        alone = type(optimizer) is torch.optim.SGD and all(
+            g["momentum"] == 0 and not g["maximize"] and g["weight_decay"] == group["weight_decay"]
+            for g in optimizer.param_groups
+        )
+        if not alone:
+            return None
+        adapter = cls(lr=1.0, weight_decay=float(group["weight_decay"]))
+        adapter._torch = optimizer
+        return adapter
+
+    def rate(self, comm: Communicator) -> float:
+        """Return the learning rate, as a scheduler left it.
+
+        Raises:
+            ConfigError: the groups' rates have come apart.
+        """
+        rates = {float(group["lr"]) for group in self._torch.param_groups}
+        if len(rates) > 1:
+            raise ConfigError(
+                f"attach: this algorithm has one learning rate, the groups have {sorted(rates)}; "
+                "use one, or choose dsgd or gradient-tracking"
+            )
+        return rates.pop()

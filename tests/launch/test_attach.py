@@ -147,7 +147,79 @@ def test_what_cannot_work_is_refused_with_the_way_out(alone):
     model = net()
     partial = torch.optim.SGD(model[0].parameters(), lr=0.1)
     refused("does not hold trainable parameters", alone, model=model, optimizer=partial)
-    refused("takes plain SGD only", alone, algorithm="d2")
+    model = net()
+    adam = torch.optim.AdamW(model.parameters())
+    refused("takes torch.optim.SGD without momentum", alone, model, "extra", adam)
+    gossamer.attach(model, adam, "dsgd", comm=alone)
+    refused("attached already", alone, model, optimizer=adam)
+    refused("LBFGS", alone, model, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [{"name": "dsgd", "order": "cta"}, {"name": "gradient-tracking", "order": "cta"}, "sgp"],
+)
+def test_a_rate_of_zero_moves_nothing(algorithm, alone):
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    gossamer.attach(model, optimizer, algorithm, comm=alone)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: float(k > 2))
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert torch.equal(train(model, optimizer, 3, schedule), before)
+    assert not torch.equal(train(model, optimizer, 3, schedule), before)
+
+
+@pytest.mark.parametrize("algorithm", ["d2", "extra", "qg-dsgdm"])
+def test_rules_with_an_update_of_their_own_follow_a_plain_sgd(algorithm, alone):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    section = {"name": algorithm}
+    if algorithm == "qg-dsgdm":
+        section["beta"] = 0.0
+    gossamer.attach(model, optimizer, section, comm=alone)
+    plain = net()
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    plain_schedule = torch.optim.lr_scheduler.StepLR(plain_optimizer, 5, 0.5)
+    expected = train(plain, plain_optimizer, 20, plain_schedule)
+    # one rank: W = 1, and all of them are SGD, in another order of additions
+    torch.testing.assert_close(train(model, optimizer, 20, schedule), expected, rtol=0, atol=1e-5)
+
+
+def test_loss_scaling_skips_a_step_that_overflows(alone):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gossamer.attach(model, optimizer, "dsgd", comm=alone)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x = torch.randn(4, 5)
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler.scale(model(x).square().mean()).backward()
+    grads = [p.grad / 1024.0 for p in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    for p, old, g in zip(model.parameters(), before, grads, strict=True):
+        torch.testing.assert_close(p.detach(), old - 0.1 * g)
+    kept = [p.detach().clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    scaler.scale(model(x).square().mean() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), kept, strict=True))
+    assert optimizer.gossamer.comm.step == 1
+    assert scaler.get_scale() == 512.0
+
+
+def test_a_model_on_another_device_is_refused(alone):
+    refused("is on meta", alone, model=net().to("meta"))
+
+
+def test_averaged_buffers_keep_their_precision(alone):
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3).double())
+    model[1].running_mean.fill_(1 / 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gossamer.attach(model, optimizer, "dsgd", comm=alone, buffers="average")
+    optimizer.step()
+    assert model[1].running_mean.tolist() == [1 / 3] * 3
 
 
 def test_an_algorithm_that_needs_other_points_says_so(alone):
