@@ -60,8 +60,8 @@ class Evaluator:
             oracle: after ``setup``; gives the layout of a row, and the ranks' ``buffers`` where it
                 keeps some.
             problem: the module, the data, the loss and the score.
-            objective: f, the mean of the ranks' f_i or the mean over examples; the problem's own
-                when None.
+            objective: f, the mean of the ranks' f_i or the mean over examples; what the oracle
+                trains when None.
             examples: at most so many of each shard and of the test set, evenly spaced over it.
                 None: all of a finite dataset, but 128 of a language model's, whose full gradient
                 costs more than most runs; 1,024 of a stream.
@@ -72,7 +72,7 @@ class Evaluator:
         """
         self._comm, self._layout, self._problem = comm, oracle.layout, problem
         self._buffers: BufferRows | None = getattr(oracle, "buffers", None)
-        self._objective = objective or problem.objective
+        self._objective = objective or oracle.weighting or problem.objective
         # A loss that is not weighed by examples is one per token: the language models' mark.
         self._per_token = problem.weigh is not Problem.weigh
         self._examples = examples or (_TEXT_EXAMPLES if self._per_token else None)
@@ -95,7 +95,8 @@ class Evaluator:
         - ``accuracy`` (or what the task's score is called): of the mean row on the test set, or on
           the training examples where there is none.
         - ``rank_loss``, ``worst_rank_loss``, ``rank_accuracy``, ``worst_rank_accuracy``: mean and
-          worst over ranks of what each one's own row does on the whole test set.
+          worst over ranks of what each one's own row does on the whole test set, or on the rank's
+          own training examples where there is none.
         - ``perplexity``: exp(test_loss), or of the loss, where that is a mean over tokens.
         - ``rank_grad_norm``: the mean over ranks of |grad f(x_i)|.
 
@@ -114,8 +115,8 @@ class Evaluator:
                 figures["rank_grad_norm"] = sum(norms) / comm.n
             if problem.test is not None:
                 figures |= self._test_at(problem.test, mean)
-                if self._per_rank:
-                    figures |= self._test_by_rank(problem.test, x)
+            if self._per_rank:
+                figures |= self._by_rank(x)
         if self._per_token:
             nats = figures.get("test_loss", figures["loss"])
             figures["perplexity"] = torch.tensor(nats, dtype=torch.float64).exp().item()
@@ -151,14 +152,15 @@ class Evaluator:
         figures = self._named((table / weight)[0])
         return {"test_loss": figures.pop("loss"), **figures}
 
-    def _test_by_rank(self, test: Dataset, x: Tensor) -> dict[str, float]:
-        """Return mean and worst of what each rank's own row does on the whole test set."""
-        places, sums = self._test_places(test), []
-        for i, row in enumerate(x):
+    def _by_rank(self, x: Tensor) -> dict[str, float]:
+        """Return mean and worst over ranks of what each one's own row does."""
+        test, sums = self._problem.test, []
+        for i, (rank, row) in enumerate(zip(self._comm.ranks, x, strict=True)):
             self._layout.bind(self._problem.module, row)
             if self._buffers is not None:
                 self._buffers.bind(i)
-            sums.append(self._sums((test, places)))
+            part = self._shard(rank) if test is None else (test, self._test_places(test))
+            sums.append(self._sums(part))
         weight, table = self._table(sums)
         rows = self._comm.all_gather(table / weight, count=False)
         mean, high, low = (

@@ -211,6 +211,11 @@ class Oracle(Component, ABC):
     def layout(self) -> RowLayout:
         """How the problem's module lies in a row; valid after ``setup``."""
 
+    @property
+    def weighting(self) -> Literal["ranks", "examples"] | None:
+        """What the mean f of its gradients runs over; None: as the problem says."""
+        return None
+
     @abstractmethod
     def __call__(
         self,

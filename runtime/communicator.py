@@ -24,11 +24,14 @@ from gossamer.runtime.native import Terms, weighted_sum
 from gossamer.runtime.random import Random, Stream
 from gossamer.runtime.rows import empty_rows
 from gossamer.runtime.transports.base import Transport
-from gossamer.topologies import Round, Topology
+from gossamer.topologies import Topology
 
 __all__ = ["Communicator", "Messages", "Work"]
 
 T = TypeVar("T")
+
+_ROUNDS_AHEAD = 64
+"""How many rounds of a schedule that never repeats are compared between processes at once."""
 
 
 class Work(Generic[T]):
@@ -125,6 +128,7 @@ class Communicator(RankGroup):
         self.seed = Random(seed)
         self._check_rounds = check_rounds and transport.processes > 1
         self._plans = lru_cache(maxsize=max(64, topology.period or 0))(self._plan)
+        self._agreed: set[int] = set()
         self._scratch: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._worker: ThreadPoolExecutor | None = None
         self._last: Future[Tensor] | None = None
@@ -183,7 +187,9 @@ class Communicator(RankGroup):
         out = self._output(x, out)
         plan = self._plan_now()
         if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="gossamer-comm")
+            self._worker = ThreadPoolExecutor(
+                1, "gossamer-comm", initializer=_use_device, initargs=(self.device,)
+            )
         self._last = self._worker.submit(self._average, plan, x, out, axpy, rounds)
         return Work(self._last, self, "neighbor_average")
 
@@ -263,13 +269,30 @@ class Communicator(RankGroup):
         return self._plans(self.round if period is None else self.round % period)
 
     def _plan(self, t: int) -> ExchangePlan:
-        round_: Round = self.topology.round(t)
-        if self._check_rounds and not self.same(round_.digest()):
+        self._agree_on_round(t)
+        return plan_exchange(self.topology.round(t), self.placement, self.transport.process)
+
+    def _agree_on_round(self, t: int) -> None:
+        """Compare a hash of round t between processes, once.
+
+        Of a schedule that never repeats, 64 rounds together: asking everyone in every step would
+        cost more than a step's few messages.
+        """
+        count = 1 if self.topology.period else _ROUNDS_AHEAD
+        first = t // count * count
+        if not self._check_rounds or first in self._agreed:
+            return
+        digests = [self.topology.round(first + k).digest() for k in range(count)]
+        row = torch.tensor([digests], dtype=torch.int64, device=self.device)
+        rows = self._gather_rows(row.expand(self.local, count).contiguous(), "agreement on rounds")
+        apart = (rows != rows[0]).any(dim=0).nonzero()
+        if len(apart):
             raise RoundMismatch(
-                f"topology: the processes hold different rounds t={t} of {self.topology.name}; "
-                "a schedule must be a function of t alone, the same on every process"
+                f"topology: the processes hold different rounds t={first + int(apart[0])} of "
+                f"{self.topology.name}; a schedule must be a function of t alone, the same on "
+                "every process"
             )
-        return plan_exchange(round_, self.placement, self.transport.process)
+        self._agreed.add(first)
 
     def _average(
         self,
@@ -317,3 +340,9 @@ class Communicator(RankGroup):
     def _count_edges(self, plan: ExchangePlan, x: Tensor, rounds: int) -> None:
         self.traffic.messages_sent += plan.degree * rounds
         self.traffic.bytes_sent += plan.degree * (rounds * x.shape[1] * x.element_size())
+
+
+def _use_device(device: torch.device) -> None:
+    """Make ``device`` the thread's own: torch's current GPU is one per thread."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

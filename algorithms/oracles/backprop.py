@@ -51,7 +51,8 @@ class Backprop(Oracle):
     _layout: RowLayout = PrivateAttr()
     _buffers: BufferRows = PrivateAttr()
     _grad: Tensor = PrivateAttr()
-    _shard_share: Tensor | None = PrivateAttr(default=None)
+    _weighting: Literal["ranks", "examples"] = PrivateAttr(default="ranks")
+    _factors: Tensor | None = PrivateAttr(default=None)
     _calls: tuple[int, int] = PrivateAttr(default=(-1, 0))
 
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
@@ -61,10 +62,8 @@ class Backprop(Oracle):
         self._layout = RowLayout(problem.module)
         self._buffers = BufferRows(problem.module, comm.local)
         self._grad = comm.alloc(self._layout.d, self._layout.dtype)
-        objective = problem.objective if self.objective == "auto" else self.objective
-        if objective == "examples" and problem.shards:
-            sizes = [float(len(problem.shards[r])) for r in comm.ranks]
-            self._shard_share = torch.tensor(sizes, dtype=torch.float64, device=comm.device)
+        self._weighting = problem.objective if self.objective == "auto" else self.objective
+        self._factors = _factors(problem, comm) if self._weighting == "examples" else None
         if self.sampling == "full" and not problem.shards:
             raise ConfigError("oracle.sampling: a streaming task has no full batch; use 'shuffle'")
         if self.vectorize and self.micro_batch_size:
@@ -82,6 +81,11 @@ class Backprop(Oracle):
     def layout(self) -> RowLayout:
         """How the module lies in a row."""
         return self._layout
+
+    @property
+    def weighting(self) -> Literal["ranks", "examples"]:
+        """What the mean f of its gradients runs over."""
+        return self._weighting
 
     @property
     def buffers(self) -> BufferRows:
@@ -103,7 +107,7 @@ class Backprop(Oracle):
             return self._combined(x, batch, combine, weight, draw)
         grad = self._grad
         losses = self._gradients(x, batch, grad, draw)
-        self._scale(grad, batch, weight)
+        self._scale(grad)
         if sink is not None:
             for s in self._layout.slices:
                 sink(slice(s.begin, s.end), grad[:, s.begin : s.end])
@@ -169,7 +173,7 @@ class Backprop(Oracle):
             grads.append(grad)
         terms = [(c, grad) for (c, _), grad in zip(points, grads, strict=True)]
         total = combine(terms, out=self._grad)
-        self._scale(total, batch, weight)
+        self._scale(total)
         losses = self.loss(x, batch) if losses is None else losses
         return Estimate(loss=losses, grad=total, weight=weight)
 
@@ -207,19 +211,23 @@ class Backprop(Oracle):
             loss_sum += loss.detach().double().cpu() * share
         return loss_sum
 
-    def _scale(self, grad: Tensor, batch: RankBatches, weight: Tensor) -> None:
-        """Make the mean over ranks the objective's gradient when f is a mean over examples.
+    def _scale(self, grad: Tensor) -> None:
+        """Make the mean over ranks the objective's gradient when f is a mean over examples."""
+        if self._factors is not None:
+            combine([(self._factors, grad)], out=grad)
 
-        Rank i stands for N_i examples of ``weight_i / b_i`` tokens each.
-        """
-        if self._shard_share is None or self._comm.n == 1:
-            return
-        counts = torch.tensor([max(1, len(b)) for b in batch], dtype=torch.float64)
-        share = (self._shard_share.cpu() * weight / counts)[:, None]
-        total = self._comm.all_reduce(share.to(grad.device), "sum")
-        factor = share * self._comm.n / total.cpu()
-        if bool((factor != 1.0).any()):
-            combine([(factor, grad)], out=grad)
+
+def _factors(problem: Problem, comm: Communicator) -> Tensor | None:
+    """Return n N_i / N per hosted rank, (local, 1); None where all are 1.
+
+    Every process knows all shards, so nothing is sent. Examples count alike: tasks of tokens cut
+    them to one length.
+    """
+    sizes = [len(shard) for shard in problem.shards]
+    if len(set(sizes)) <= 1:
+        return None
+    share = [[comm.n * sizes[rank] / sum(sizes)] for rank in comm.ranks]
+    return torch.tensor(share, dtype=torch.float64)
 
 
 def _chunks(inputs: tuple[Tensor, ...], size: int | None) -> list[tuple[Tensor, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 TRANSPORTS = ("auto", "stacked", "mpi", "gloo", "nccl")
+
+log = logging.getLogger("gossamer")
 
 Launcher = Literal["torchrun", "mpi", "slurm", "none"]
 
@@ -125,7 +128,13 @@ def transport_name(name: str) -> str:
 
 
 def _torch_backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    """Return ``nccl`` where every process of this node has a GPU of its own, else ``gloo``."""
+    gpus = torch.cuda.device_count()
+    on_slurm = os.environ.get("SLURM_TASKS_PER_NODE", "").partition("(")[0]  # "4(x2)"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or on_slurm or world_size())
+    if 0 < gpus < here:
+        log.warning("transport: %d GPUs for %d processes here: gloo on CPUs", gpus, here)
+    return "nccl" if gpus >= here else "gloo"
 
 
 def _set_torch_variables(launcher: Launcher) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gossamer.runtime.errors import CommError, CommTimeout, PeerLost
+from gossamer.runtime.errors import CommError, CommTimeout, ConfigError, PeerLost
 from gossamer.runtime.transports.base import Pending, Transfers
 
 __all__ = ["GlooTransport", "NcclTransport", "TorchTransport"]
@@ -120,9 +120,23 @@ class GlooTransport(TorchTransport):
 
 
 class NcclTransport(TorchTransport):
-    """NCCL between GPUs; one GPU per process (LOCAL_RANK)."""
+    """NCCL between GPUs; one GPU per process (LOCAL_RANK).
+
+    A wait orders the stream and returns; what bounds it is NCCL's own watchdog, which names neither
+    the peer nor the operation.
+    """
 
     name = "nccl"
+
+    def __init__(self, timeout_s: float) -> None:
+        device = self._device()
+        if torch.cuda.device_count() <= device.index:
+            raise ConfigError(
+                f"transport: nccl needs a GPU per process, this is local process {device.index} "
+                f"and there are {torch.cuda.device_count()}; use transport: gloo"
+            )
+        torch.cuda.set_device(device)  # batched transfers use the current device
+        super().__init__(timeout_s)
 
     def _device(self) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

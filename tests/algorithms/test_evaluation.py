@@ -67,7 +67,7 @@ def rows_around(problem, n, scale=0.1):
 
 
 def evaluate(comm, problem, x, layout, **options):
-    evaluator = Evaluator(comm, SimpleNamespace(layout=layout), problem, **options)
+    evaluator = Evaluator(comm, SimpleNamespace(weighting=None, layout=layout), problem, **options)
     return evaluator.evaluate(x[comm.ranks.start : comm.ranks.stop])
 
 
@@ -158,7 +158,8 @@ def test_without_a_test_set_accuracy_is_that_of_the_training_set():
     figures = evaluate(RankGroup(5, StackedTransport()), problem, x, layout, objective="examples")
     right = problem.score(at(problem, layout, x.mean(dim=0)), problem.train.tensors)
     assert figures["accuracy"] == pytest.approx(right["accuracy"].item() / 178, rel=1e-12)
-    assert set(figures) == {"loss", "grad_norm", "consensus", "accuracy"}
+    own = {"rank_loss", "worst_rank_loss", "rank_accuracy", "worst_rank_accuracy"}
+    assert set(figures) == {"loss", "grad_norm", "consensus", "accuracy"} | own
 
 
 def test_a_cap_takes_examples_from_all_over_a_sorted_shard():
@@ -171,7 +172,7 @@ def test_a_cap_takes_examples_from_all_over_a_sorted_shard():
         loss=lambda module, inputs: seen.append(inputs[0]) or module.weight.sum(),
     )
     x, layout = rows_around(problem, 1)
-    evaluate(RankGroup(1, StackedTransport()), problem, x, layout, examples=10, chunk=4)
+    evaluate(RankGroup(1, StackedTransport()), problem, x, layout, examples=10, chunk=4, per_rank=False)
     assert [len(part) for part in seen] == [4, 4, 2]
     assert torch.cat(seen).tolist() == list(range(10))
 
@@ -252,7 +253,7 @@ def test_running_statistics_are_averaged_for_the_mean_row_and_kept_apart_per_ran
     for i in range(2):
         buffers.bind(i)
         problem.module[0].running_mean += i
-    oracle = SimpleNamespace(layout=layout, buffers=buffers)
+    oracle = SimpleNamespace(weighting=None, layout=layout, buffers=buffers)
     figures = Evaluator(RankGroup(2, StackedTransport()), oracle, problem).evaluate(x)
     assert torch.equal(problem.module[0].running_mean, torch.ones(13).double())
     problem.module.eval()
