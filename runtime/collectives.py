@@ -7,7 +7,7 @@ gathered. The bytes counted are those of that algorithm between ranks: 2 (n-1)/n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -50,31 +50,38 @@ class RankGroup:
         self.timeout_s = timeout_s
         self.traffic = Traffic(np.zeros(self.local, np.int64), np.zeros(self.local, np.int64))
         self.step = 0
+        self._scratch_rows: dict[torch.dtype, Tensor] = {}
 
     # --- collectives ------------------------------------------------------------------------
 
-    def all_reduce(self, x: Tensor, op: Reduction = "sum", *, count: bool = True) -> Tensor:
+    def all_reduce(
+        self, x: Tensor, op: Reduction = "sum", *, out: Tensor | None = None, count: bool = True
+    ) -> Tensor:
         """Reduce over all ranks, in ascending rank.
 
         Args:
             x: (local, m), rows contiguous; kept.
             op: ``sum``, ``mean`` (the sum, then divided by n), ``min`` or ``max``.
+            out: (1, m), where to write; a new tensor when None. Fresh memory costs more than the
+                sum when rows are large.
             count: whether the bytes are the algorithm's (False for metrics and checks).
 
         Returns:
-            (1, m), the same on every process; broadcasts against rows.
+            ``out``, (1, m), the same on every process; broadcasts against rows.
         """
         self._count(2 * x.shape[1] * x.element_size() * (self.n - 1) / self.n, 2, count)
         m = x.shape[1]
-        sums = op in ("sum", "mean")
-        if not sums or self._gathers_whole(m * x.element_size()):
+        if out is None:
+            out = torch.empty(1, m, dtype=x.dtype, device=x.device)
+        if op in ("min", "max"):
             rows = self._gather_rows(x, f"all_reduce({op})")
-            if not sums:
-                return (rows.amin if op == "min" else rows.amax)(dim=0, keepdim=True)
-            total = _sum_rows([rows])
+            return (torch.amin if op == "min" else torch.amax)(rows, 0, keepdim=True, out=out)
+        if self._gathers_whole(m * x.element_size()):
+            x = x.contiguous()
+            _sum_rows(self._swap(lambda p: x, x, f"all_reduce({op})"), out)
         else:
-            total = self._sum_by_slices(x)
-        return total.div_(self.n) if op == "mean" else total
+            self._sum_by_slices(x, out)
+        return out.div_(self.n) if op == "mean" else out
 
     def all_gather(self, x: Tensor, *, count: bool = True) -> Tensor:
         """Return every rank's row in rank order: (local, m) -> (n, m)."""
@@ -189,26 +196,46 @@ class RankGroup:
         slices = (processes - 1) * (rows + 1) * row_bytes // processes
         return whole <= slices + _DIRECT_BYTES
 
-    def _sum_by_slices(self, x: Tensor) -> Tensor:
+    def _sum_by_slices(self, x: Tensor, out: Tensor) -> None:
         m, processes, me = x.shape[1], self.transport.processes, self.transport.process
-        cuts = [m * p // processes for p in range(processes + 1)]
-        mine = slice(cuts[me], cuts[me + 1])
-        parts = [x[:, mine]] * processes  # by process: its ranks' rows of my slice
-        sends, receives = [], []
-        for p in self._others():
-            shape = (len(self.placement.ranks(p)), cuts[me + 1] - cuts[me])
-            parts[p] = torch.empty(shape, dtype=x.dtype, device=x.device)
-            sends.append((p, x[:, cuts[p] : cuts[p + 1]].contiguous()))
-            receives.append((p, parts[p]))
-        self._exchange(sends, receives, "all_reduce (slices)")
-        out = torch.empty(1, m, dtype=x.dtype, device=x.device)
-        _sum_rows(parts, out[:, mine])
+        slices = [slice(m * p // processes, m * (p + 1) // processes) for p in range(processes)]
+        mine = out[:, slices[me]]
+        rows = self._swap(
+            lambda p: x[:, slices[p]].contiguous(), x[:, slices[me]], "all_reduce (slices)"
+        )
+        _sum_rows(rows, mine)
         self._exchange(
-            [(p, out[0, mine]) for p in self._others()],
-            [(p, out[0, cuts[p] : cuts[p + 1]]) for p in self._others()],
+            [(p, mine[0]) for p in self._others()],
+            [(p, out[0, slices[p]]) for p in self._others()],
             "all_reduce (gather)",
         )
-        return out
+
+    def _swap(self, sent: Callable[[int], Tensor], own: Tensor, operation: str) -> list[Tensor]:
+        """Send ``sent(p)`` to every other process p; return all rows by process, ``own`` included.
+
+        What was received lies in scratch: it lasts until the next call.
+        """
+        sends, receives = [], []
+        rows = [own] * self.transport.processes
+        width, at = own.shape[1], 0
+        scratch = self._received_rows((self.n - self.local) * width, own)
+        for p in self._others():
+            size = len(self.placement.ranks(p)) * width
+            rows[p] = scratch[at : at + size].view(-1, width)
+            at += size
+            sends.append((p, sent(p)))
+            receives.append((p, rows[p]))
+        self._exchange(sends, receives, operation)
+        return rows
+
+    def _received_rows(self, size: int, like: Tensor) -> Tensor:
+        """Return ``size`` elements of scratch that is kept: fresh pages cost more than a sum."""
+        kept = self._scratch_rows.get(like.dtype)
+        if kept is None or len(kept) < size:
+            kept = self._scratch_rows[like.dtype] = torch.empty(
+                size, dtype=like.dtype, device=like.device
+            )
+        return kept
 
 
 def _sum_rows(blocks: Sequence[Tensor], out: Tensor | None = None) -> Tensor:

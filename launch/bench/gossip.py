@@ -174,7 +174,8 @@ def _cases(
     comm: Communicator, plain: Plain, collective: bool, x: Tensor, out: Tensor, plain_out: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     def own_call() -> Tensor:
-        return comm.all_reduce(x) if collective else comm.neighbor_average(x, out=out)
+        average = comm.neighbor_average
+        return comm.all_reduce(x, out=out) if collective else average(x, out=out)
 
     def plain_call() -> Tensor:
         (plain.all_reduce if collective else plain.neighbor_average)(x[0], plain_out[0])
