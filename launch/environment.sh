@@ -15,8 +15,10 @@ prepare_environment() {
     echo "Gossamer builds a C++ module: install a C++20 compiler (g++ or clang++), or set CXX" >&2
     exit 2
   }
-  stamp="$extras $PWD $(cat pyproject.toml launch/constraints.txt csrc/*.* | sha256sum)"
-  if [ "$(cat "$venv/.gossamer" 2>/dev/null)" != "$stamp" ]; then
+  # A stamp for each set of extras: quickstart.sh and test.sh share one environment.
+  local done="$venv/.gossamer-$extras"
+  stamp="$PWD $(cat pyproject.toml launch/constraints.txt csrc/*.* | sha256sum)"
+  if [ "$(cat "$done" 2>/dev/null)" != "$stamp" ]; then
     echo "Setting up $venv (once; a few minutes)" >&2
     "$python" -m venv "$venv"
     local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check
@@ -24,7 +26,7 @@ prepare_environment() {
     "${pip[@]}" torch # first and alone: another package's range may pull a newer one
     "${pip[@]}" scikit-build-core nanobind ninja cmake
     "${pip[@]}" --no-build-isolation --editable ".[$extras]"
-    echo "$stamp" >"$venv/.gossamer"
+    echo "$stamp" >"$done"
   fi
   # shellcheck disable=SC1091
   source "$venv/bin/activate"
