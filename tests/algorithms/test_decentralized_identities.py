@@ -62,7 +62,8 @@ def test_dnasa_moves_by_gamma_and_keeps_consensus_within_its_recursion(schedule)
         if k > 0:  # z = 0 before the first step, which moves nothing
             half = np.linalg.solve(W, state.x.numpy())
             moved = torch.from_numpy(half) - x
-            torch.testing.assert_close(row_norm(moved), torch.full((8, 1), gamma).double())
+            expected = torch.full((8, 1), gamma, dtype=torch.float64)
+            torch.testing.assert_close(row_norm(moved), expected, rtol=0, atol=1e-12)
             assert torch.all((moved * z).sum(1) < 0)
             gammas += gamma
         else:
