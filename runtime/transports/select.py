@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -29,31 +29,72 @@ log = logging.getLogger("gossamer")
 
 Launcher = Literal["torchrun", "mpi", "slurm", "none"]
 
-_MPI_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
+
+class _Variables(NamedTuple):
+    """The names under which a launcher tells a process its place, the first one set counts."""
+
+    rank: tuple[str, ...]
+    size: tuple[str, ...]
+    local_rank: tuple[str, ...]
+
+
+# SLURM_STEP_NUM_TASKS is srun's; SLURM_PROCID and SLURM_NTASKS are set in a batch script too.
+_VARIABLES: dict[Launcher, _Variables] = {
+    "torchrun": _Variables(("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",)),
+    "mpi": _Variables(
+        ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"),
+        ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+    ),
+    "slurm": _Variables(("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",)),
+    "none": _Variables((), (), ()),
+}
 
 
 def detect_launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
     """Say what started this process, from the variables it left.
 
-    ``torchrun`` (or anything that sets RANK and WORLD_SIZE) wins over ``mpi`` over ``slurm``: a
-    torchrun inside a SLURM step is torchrun's.
+    ``torchrun`` (or anything that sets RANK and WORLD_SIZE) wins over mpirun over srun, which may
+    set the PMI variables of an MPI too, over an ``mpi`` that is known by those alone: a torchrun
+    inside a SLURM step is torchrun's. A batch script outside of srun was launched by nothing.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return "torchrun"
-    if any(name in environment for name in _MPI_SIZE):
+    if "OMPI_COMM_WORLD_SIZE" in environment:
         return "mpi"
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    if _number("slurm", "size", environment, 1) > 1:
         return "slurm"
+    if any(name in environment for name in _VARIABLES["mpi"].size):
+        return "mpi"
     return "none"
 
 
 def world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Return how many processes the launcher started, as far as its variables say; 1 for none."""
-    names = {"torchrun": ("WORLD_SIZE",), "mpi": _MPI_SIZE, "slurm": ("SLURM_NTASKS",), "none": ()}
-    for name in names[detect_launcher(environment)]:
+    return _number(detect_launcher(environment), "size", environment, 1)
+
+
+def process_index(environment: Mapping[str, str] = os.environ) -> int:
+    """Return which process this is, as far as the launcher's variables say; 0 for none."""
+    return _number(detect_launcher(environment), "rank", environment, 0)
+
+
+def _number(
+    launcher: Launcher,
+    what: Literal["rank", "size", "local_rank"],
+    environment: Mapping[str, str],
+    default: int,
+) -> int:
+    for name in getattr(_VARIABLES[launcher], what):
         if name in environment:
-            return int(environment[name])
-    return 1
+            try:
+                return int(environment[name])
+            except ValueError:
+                raise ConfigError(
+                    f"transport: {name} must be a whole number, got '{environment[name]}'; start "
+                    "with torchrun, mpirun or srun, or unset it"
+                ) from None
+    return default
 
 
 def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport:
@@ -139,48 +180,42 @@ def _torch_backend() -> str:
 
 def _set_torch_variables(launcher: Launcher) -> None:
     """Give torch.distributed the variables it reads, from the launcher's own."""
-    if launcher == "mpi":
-        rank = _first("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
-        local = _first("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", default="0")
-        size = str(world_size())
-    elif launcher == "slurm":
-        rank, size = os.environ["SLURM_PROCID"], os.environ["SLURM_NTASKS"]
-        local = os.environ.get("SLURM_LOCALID", "0")
-    else:
+    if launcher not in ("mpi", "slurm"):
         return
+    names = _VARIABLES[launcher].rank
+    if not any(name in os.environ for name in names):
+        raise ConfigError(f"transport: none of {list(names)} is set; which process is this?")
     if launcher == "slurm":
-        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
-        # One port per job, the same on every node without asking anyone.
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-    os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local)
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _first_slurm_host()
+        if "MASTER_PORT" not in os.environ:
+            # One port per job, the same on every node without asking anyone.
+            job = os.environ.get("SLURM_JOB_ID", "")
+            if not job.isdigit():
+                raise _no_meeting_place("SLURM_JOB_ID is not set")
+            os.environ["MASTER_PORT"] = str(20000 + int(job) % 20000)
+    os.environ.update(
+        RANK=str(process_index()),
+        LOCAL_RANK=str(_number(launcher, "local_rank", os.environ, 0)),
+        WORLD_SIZE=str(world_size()),  # last: from here on the launcher looks like torchrun
+    )
 
 
 def _first_slurm_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]
-    shown = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    nodes = next((os.environ[name] for name in names if name in os.environ), None)
+    if nodes is None:
+        raise _no_meeting_place("SLURM_JOB_NODELIST is not set")
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise _no_meeting_place(f"'scontrol show hostnames' failed: {error}") from error
+
+
+def _no_meeting_place(reason: str) -> ConfigError:
+    return ConfigError(
+        f"transport: the processes of srun do not know where to meet ({reason}); export "
+        "MASTER_ADDR (the first node's name) and MASTER_PORT (a free port)"
     )
-    return shown.stdout.split()[0]
-
-
-def process_index(environment: Mapping[str, str] = os.environ) -> int:
-    """Return which process this is, as far as the launcher's variables say; 0 for none."""
-    names = {
-        "torchrun": ("RANK",),
-        "mpi": ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"),
-        "slurm": ("SLURM_PROCID",),
-        "none": (),
-    }
-    for name in names[detect_launcher(environment)]:
-        if name in environment:
-            return int(environment[name])
-    return 0
-
-
-def _first(*names: str, default: str | None = None) -> str:
-    for name in names:
-        if name in os.environ:
-            return os.environ[name]
-    if default is not None:
-        return default
-    raise ConfigError(f"transport: none of {list(names)} is set; which process is this?")

@@ -15,6 +15,12 @@ import yaml
 from gossamer.launch.start import start_run
 from gossamer.launch.submit import Job, submit
 from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.transports.select import (
+    detect_launcher,
+    open_transport,
+    process_index,
+    world_size,
+)
 
 RUN = {
     "task": {"name": "least-squares", "features": 10},
@@ -234,3 +240,48 @@ def test_a_real_slurm_runs_the_job_to_the_bits_of_one_process(job, tmp_path, lau
     )
     assert (there["transport"], there["processes"]) == ("gloo", 4)
     assert there["parameters_sha256"] == here["parameters_sha256"]
+
+
+# --- whose process is this ----------------------------------------------------------------------
+
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+STEP = BATCH | {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, ("none", 0, 1)),
+        (BATCH, ("none", 0, 1)),
+        (STEP, ("slurm", 2, 4)),
+        (STEP | {"PMI_SIZE": "4", "PMI_RANK": "2"}, ("slurm", 2, 4)),
+        (STEP | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, ("mpi", 1, 2)),
+        (STEP | {"WORLD_SIZE": "8", "RANK": "5"}, ("torchrun", 5, 8)),
+        (BATCH | {"PMI_SIZE": "3", "PMI_RANK": "2"}, ("mpi", 2, 3)),
+    ],
+)
+def test_the_launcher_and_the_place_follow_from_the_variables(variables, place):
+    found = detect_launcher(variables), process_index(variables), world_size(variables)
+    assert found == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "SLURM_JOB_NODELIST is not set"),
+        ({"SLURM_JOB_NODELIST": "a[1-2]"}, "scontrol"),
+        ({"MASTER_ADDR": "here"}, "SLURM_JOB_ID is not set"),
+    ],
+)
+def test_a_step_without_a_meeting_place_asks_for_one(monkeypatch, tmp_path, variables, words):
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "OMPI_", "PMI", "MASTER_")) or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no scontrol
+    for name, value in STEP.items():
+        if name != "SLURM_JOB_ID":
+            monkeypatch.setenv(name, value)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"{words}.*MASTER_ADDR .* MASTER_PORT"):
+        open_transport("gloo", timeout_s=1)
