@@ -9,6 +9,7 @@ of processes can read it, since a tensor's rows are found by rank.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ from gossamer.runtime.state import Scalar
 
 __all__ = ["Checkpoint", "CheckpointError", "discard_after", "latest", "save"]
 
-_FORMAT = 1
+_FORMAT = 2
 _PREFIX = "step-"
 _MEAN = "mean.safetensors"
 
@@ -69,12 +70,9 @@ class Checkpoint:
             folder = found
         try:
             meta = json.loads((folder / "checkpoint.json").read_text())
+            _check_types(meta)
             files = tuple((e["first"], e["last"], folder / e["file"]) for e in meta["files"])
-            sizes = {folder / entry["file"]: entry["bytes"] for entry in meta["files"]}
-            sizes[folder / _MEAN] = meta["mean_bytes"]
-            missing = {"step", "n", "scalars"} - meta.keys()
-            if missing:
-                raise KeyError(*missing)
+            sizes = {folder / e["file"]: e["bytes"] for e in [*meta["files"], meta["mean"]]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
             raise ConfigError(
@@ -97,6 +95,7 @@ class Checkpoint:
             low, high = max(first, ranks.start), min(last, ranks.stop)
             if low >= high:
                 continue
+            self._verify(path)
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 - not a dict
@@ -111,6 +110,7 @@ class Checkpoint:
     def mean(self) -> dict[str, Tensor]:
         """Return the mean over ranks as a state dict of the module."""
         path = self.folder / _MEAN
+        self._verify(path)
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -118,6 +118,70 @@ class Checkpoint:
             raise ConfigError(
                 f"resume: {path} is broken ({error}); {_way_out(self.folder)}"
             ) from error
+
+    def _verify(self, path: Path) -> None:
+        """Refuse a file whose bytes are not those that were written."""
+        entries = [*self.meta["files"], self.meta["mean"]]
+        written = next(e["sha256"] for e in entries if e["file"] == path.name)
+        if _sha256(path).hex() != written:
+            raise ConfigError(
+                f"resume: {path} is broken (its SHA-256 is not the one written down); "
+                f"{_way_out(self.folder)}"
+            )
+
+
+def _check_types(meta: Any) -> None:
+    """Raise ValueError or KeyError where ``checkpoint.json`` is not what ``save`` writes."""
+    if not isinstance(meta, dict):
+        raise ValueError(f"a {type(meta).__name__} where the fields belong")
+    if meta["format"] != _FORMAT:
+        raise ValueError(f"format {meta['format']!r}, this version reads {_FORMAT}")
+    least = {"step": 0, "n": 1, "round": 0, "topology": 0}
+    _check_counts({k: v for k, v in meta.items() if k in least} | _pick(meta, "step", "n"), least)
+    for name in ("scalars", "traffic", "configuration"):
+        if not isinstance(meta.get(name, {}), dict):
+            raise ValueError(f"{name} is {meta[name]!r}")
+    _check_counts(meta.get("traffic", {}), {})
+    scalars, signature = meta["scalars"], meta.get("signature", [])
+    for name, value in scalars.items():
+        if not isinstance(value, Scalar | None):
+            raise ValueError(f"scalars.{name} is {value!r}")
+    if not isinstance(signature, list) or not all(
+        isinstance(s, list) and len(s) == 2 and isinstance(s[1], list) for s in signature
+    ):
+        raise ValueError("signature is no list of [name, shape]")
+    if not isinstance(meta["files"], list) or not meta["files"]:
+        raise ValueError(f"files is {meta['files']!r}")
+    end = 0
+    for entry in [*meta["files"], meta["mean"]]:
+        if not isinstance(entry, dict):
+            raise ValueError(f"a file's entry is {entry!r}")
+        _check_counts(_pick(entry, "bytes"), {})
+        for key in ("file", "sha256"):
+            if not isinstance(entry[key], str) or Path(entry[key]).name != entry[key]:
+                raise ValueError(f"{key} of a file is {entry[key]!r}")
+    for entry in meta["files"]:
+        _check_counts(_pick(entry, "first", "last"), {})
+        if entry["first"] != end or entry["last"] <= end:
+            raise ValueError(f"the rows of {entry['file']} do not follow those before")
+        end = entry["last"]
+    if end != meta["n"]:
+        raise ValueError(f"the files hold {end} of {meta['n']} rows")
+
+
+def _pick(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names}
+
+
+def _check_counts(values: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    for name, value in values.items():
+        if type(value) is not int or value < least.get(name, 0):
+            raise ValueError(f"{name} is {value!r}")
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def save(
@@ -166,11 +230,12 @@ def save(
     except (OSError, SafetensorError) as error:
         failure = OSError(str(error))
     _agree(comm, failure, partial)
-    sizes = torch.full((comm.local, 1), (partial / name).stat().st_size, dtype=torch.int64)
-    all_sizes = comm.all_gather(sizes.to(comm.device), count=False)[:, 0].tolist()
+    written = [*(partial / name).stat().st_size.to_bytes(8, "little"), *_sha256(partial / name)]
+    local = torch.tensor([written] * comm.local, dtype=torch.uint8)
+    entries = comm.all_gather(local.to(comm.device), count=False).tolist()
     if leader:
         try:
-            _finish(final, partial, comm, all_sizes, scalars, meta)
+            _finish(final, partial, comm, entries, scalars, meta)
         except OSError as error:
             failure = error
     _agree(comm, failure, partial)
@@ -222,18 +287,25 @@ def _finish(
     final: Path,
     partial: Path,
     comm: RankGroup,
-    sizes: list[int],
+    entries: list[list[int]],
     scalars: Mapping[str, Scalar],
     meta: Mapping[str, Any],
 ) -> None:
     spans = itertools.pairwise(comm.placement.starts.tolist())
     files = [
-        {"first": a, "last": b, "file": f"rows-{p:05d}.safetensors", "bytes": sizes[a]}
+        {
+            "first": a,
+            "last": b,
+            "file": f"rows-{p:05d}.safetensors",
+            "bytes": int.from_bytes(entries[a][:8], "little"),
+            "sha256": bytes(entries[a][8:]).hex(),
+        }
         for p, (a, b) in enumerate(spans)
     ]
     content = {"format": _FORMAT, "step": comm.step, "n": comm.n, **meta}
     content |= {"scalars": dict(scalars), "files": files}
-    content["mean_bytes"] = (partial / _MEAN).stat().st_size
+    mean = partial / _MEAN
+    content["mean"] = {"file": _MEAN, "bytes": mean.stat().st_size, "sha256": _sha256(mean).hex()}
     path = partial / "checkpoint.json"
     path.write_text(json.dumps(content, indent=1))
     _sync([path, partial])

@@ -207,7 +207,7 @@ def test_a_broken_file_is_named_with_the_way_out(tmp_path, name, how):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("key", ["step", "n", "scalars", "files", "mean_bytes"])
+@pytest.mark.parametrize("key", ["step", "n", "scalars", "files", "mean"])
 def test_a_description_that_lacks_a_field_is_broken(tmp_path, key):
     path = write(tmp_path, 2) / "checkpoint.json"
     content = json.loads(path.read_text())
@@ -241,3 +241,48 @@ def test_a_write_that_fails_raises_and_leaves_the_checkpoint_before(tmp_path, mo
     monkeypatch.undo()
     assert check(Checkpoint.open(folder)) in (2, 4)
     assert not list(Path(folder).glob(".*"))
+
+
+@pytest.mark.parametrize(("name", "read"), [("rows-00000", "rows"), ("mean", "mean")])
+def test_a_changed_bit_is_found(tmp_path, name, read):
+    path = write(tmp_path, 2) / f"{name}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    checkpoint = Checkpoint.open(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{name}.safetensors is broken .*SHA-256"):
+        checkpoint.rows(range(4)) if read == "rows" else checkpoint.mean()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("format", 1, "format 1, this version reads"),
+        ("format", None, "format None"),
+        ("step", "2", "step is '2'"),
+        ("step", -1, "step is -1"),
+        ("n", 0, "n is 0"),
+        ("n", 5, "4 of 5 rows"),
+        ("n", True, "n is True"),
+        ("round", "x", "round is 'x'"),
+        ("scalars", [], r"scalars is \[\]"),
+        ("scalars", {"a": [1]}, r"scalars.a is \[1\]"),
+        ("files", [], r"files is \[\]"),
+        ("files", [3], "entry is 3"),
+        ("files", {"first": 0}, "files is"),
+        ("mean", None, "entry is None"),
+        ("signature", "w", "signature"),
+        ("traffic", {"bytes_sent": "9"}, "bytes_sent is '9'"),
+    ],
+)
+def test_a_description_of_wrong_types_is_broken(tmp_path, field, value, words):
+    path = write(tmp_path, 2) / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ConfigError, match=rf"checkpoint.json is broken .*{words}"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_description_that_is_a_list_is_broken(tmp_path):
+    (write(tmp_path, 2) / "checkpoint.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"is broken .*list"):
+        Checkpoint.open(tmp_path)
