@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gossamer.runtime.errors import ConfigError
-from gossamer.topologies import Topology
+from gossamer.topologies import Topology, build
+
+if TYPE_CHECKING:
+    from gossamer.algorithms.protocols import Algorithm
 
 __all__ = [
     "LAMBDA_MIN_TOLERANCE",
     "Lazy",
     "lazy_above",
+    "needs_static",
     "require_column_stochastic",
     "require_doubly_stochastic",
     "require_lambda_min",
@@ -50,14 +54,29 @@ def require_symmetric(algorithm: str, topology: Topology) -> Topology:
     return topology
 
 
+class _NotStaticError(ConfigError):
+    """The topology is a schedule and the algorithm needs a static one."""
+
+
 def require_static(algorithm: str, topology: Topology) -> Topology:
     """Refuse a schedule: W must be the same in every round."""
     if not topology.is_static:
-        raise ConfigError(
+        raise _NotStaticError(
             f"topology: {algorithm} needs one fixed graph, but {topology.name} changes over time; "
             "use a static one (ring, torus, exponential, hypercube)"
         )
     return topology
+
+
+def needs_static(algorithm: Algorithm) -> bool:
+    """Return whether ``algorithm`` refuses every W that changes over time."""
+    try:
+        algorithm.adapt(build("one_peer_hypercube", 4))  # symmetric, doubly stochastic, changing
+    except _NotStaticError:
+        return True
+    except ConfigError:
+        return False
+    return False
 
 
 def require_column_stochastic(algorithm: str, topology: Topology) -> Topology:

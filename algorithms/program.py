@@ -36,9 +36,8 @@ class TrainingProgram:
         oracle: Oracle,
         algorithm: Algorithm,
         evaluator_options: Mapping[str, Any] | None = None,
-        start: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Set the oracle up and start the algorithm at x0.
+        """Set the oracle up, without a word to other processes; ``start`` comes next.
 
         Args:
             comm: the ranks.
@@ -46,22 +45,37 @@ class TrainingProgram:
             oracle: the outermost one.
             algorithm: who averages what with whom.
             evaluator_options: for ``Evaluator``.
-            start: parameters by name to start from instead of the module's own.
+
+        Raises:
+            ConfigError: the task and the oracle do not fit.
         """
         self.comm, self.problem, self.oracle, self.algorithm = comm, problem, oracle, algorithm
         plan = oracle.setup(comm, problem)
         self.layout = oracle.layout
         self.rounds_per_step = algorithm.rounds_per_step
         self._sampler = Sampler(problem, plan, comm.ranks, comm.seed.value)
+        self._evaluator_options = dict(evaluator_options or {})
+
+    def start(self, parameters: Mapping[str, Tensor] | None = None) -> TrainingProgram:
+        """Start the algorithm at x0; every process calls it, and may exchange messages in it.
+
+        Args:
+            parameters: by name, to start from instead of the module's own.
+
+        Returns:
+            The program itself.
+        """
+        comm, oracle, problem = self.comm, self.oracle, self.problem
         x = comm.alloc(self.layout.d, self.layout.dtype)
-        if start is None:
+        if parameters is None:
             x[:] = self.layout.gather(problem.module, torch.empty_like(x[0]))
         else:
             for s, view in zip(self.layout.slices, self.layout.views(x[0]), strict=True):
-                view.copy_(start[s.name])
+                view.copy_(parameters[s.name])
             x[:] = x[0].clone()
-        self.state = algorithm.init(comm, oracle, x, self._batches())
-        self._evaluator = Evaluator(comm, oracle, problem, **(evaluator_options or {}))
+        self.state = self.algorithm.init(comm, oracle, x, self._batches())
+        self._evaluator = Evaluator(comm, oracle, problem, **self._evaluator_options)
+        return self
 
     def step(self) -> Metrics:
         """Draw the batches of this step and make it.

@@ -73,10 +73,10 @@ class Sampler:
         self._ranks, self._seed = tuple(ranks), seed
         self._random = Random(seed)
         self._is_stream = hasattr(problem.train, "draw")
+        self._check()
         self._groups = [] if self._is_stream else _group(problem.shards, self._ranks)
         self._epochs: dict[int, tuple[int, np.ndarray]] = {}
         self._whole: list[Batch] | None = None
-        self._check()
 
     def batches(self, step: int, count: int) -> list[list[Batch]]:
         """Return ``count`` draws of ``step``, each with one batch per hosted rank.
@@ -161,13 +161,15 @@ class Sampler:
                     "stream; use a task with a dataset, or sampling: replacement"
                 )
             return
-        if plan.sampling == "full":
-            return
-        for group in self._groups:
-            length = group.shards.shape[1]
+        # Of all ranks, not of the hosted ones only: all processes refuse, or none.
+        for rank, length in enumerate(map(len, self._problem.shards)):
+            if length == 0:
+                raise ConfigError(
+                    f"task: rank {rank} has no training example; use fewer ranks, or another split"
+                )
             if plan.sampling == "poisson" and plan.batch_size > length:
                 raise ConfigError(
-                    f"oracle.batch_size: rank {group.ranks[0]} holds {length} examples, so that "
+                    f"oracle.batch_size: rank {rank} holds {length} examples, so that "
                     f"each cannot be drawn with probability {plan.batch_size}/{length}; use at "
                     f"most {length}, or fewer ranks"
                 )
@@ -176,10 +178,6 @@ class Sampler:
 def _group(shards: Sequence[np.ndarray], ranks: Sequence[int]) -> list[_Group]:
     by_length: dict[int, list[int]] = {}
     for row, rank in enumerate(ranks):
-        if len(shards[rank]) == 0:
-            raise ConfigError(
-                f"task: rank {rank} has no training example; use fewer ranks, or another split"
-            )
         by_length.setdefault(len(shards[rank]), []).append(row)
     return [
         _Group(

@@ -86,7 +86,7 @@ def _row(name: str) -> Row:
     experiment = Experiment(resolve(values), _RANKS)
     comm = Communicator(experiment.topology, StackedTransport(), steps=_STEPS)
     problem = experiment.task.build(_RANKS, 0)
-    program = TrainingProgram(comm, problem, experiment.oracle(), experiment.algorithm)
+    program = TrainingProgram(comm, problem, experiment.oracle(), experiment.algorithm).start()
     comm.traffic.bytes_sent[:] = 0  # a start-up exchange is not a step's
     comm.traffic.messages_sent[:] = 0
     for _ in range(_STEPS):

@@ -20,7 +20,15 @@ from gossamer.runtime.component import Component, validate
 from gossamer.runtime.errors import ConfigError, nearest
 from gossamer.topologies import Topology
 
-__all__ = ["Experiment", "RunConfig", "apply_overrides", "load_yaml", "merge", "resolve"]
+__all__ = [
+    "Experiment",
+    "RunConfig",
+    "apply_overrides",
+    "field_names",
+    "load_yaml",
+    "merge",
+    "resolve",
+]
 
 Int = Annotated[int, Strict()]
 Section = dict[str, Any]
@@ -181,6 +189,24 @@ def _class_of(kind: str, section: Section, base: type[C]) -> type[C]:
             f"but {what}{_missing_methods(cls)}"
         )
     return cls
+
+
+def field_names(kind: str, section: Any) -> set[str] | None:
+    """Return the fields of the component a section names; None where there is none to ask."""
+    bases: dict[str, type[Component]] = {
+        "task": Task,
+        "oracle": Oracle,
+        "optimizer": Optimizer,
+        "algorithm": Algorithm,
+    }
+    if not isinstance(section, Mapping) or not isinstance(section.get("name"), str):
+        return None
+    if kind in bases:
+        return {"name", *_class_of(kind, dict(section), bases[kind]).model_fields}
+    name = str(section["name"]).replace("-", "_").lower()
+    if kind == "topology" and name in topologies.factories:
+        return {"name", *topology_model(name).model_fields}
+    return None
 
 
 def _missing_methods(cls: type[Any]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -12,13 +15,17 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.errors import CommError, ConfigError
 from gossamer.runtime.loop import Record
 
-__all__ = ["Recorder", "check_tensorboard", "write_whole"]
+__all__ = ["OutputError", "Recorder", "check_tensorboard", "to_json", "write_whole", "writing"]
 
 _PLAIN_EVERY_S = 5.0
 _TIMES = ("seconds", "seconds_compute", "seconds_communicate")
+
+
+class OutputError(CommError):
+    """A file of the run could not be written; the checkpoints are intact."""
 
 
 class Recorder:
@@ -42,7 +49,8 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if not self._leader:
             return self
-        self._file = (self._folder / "metrics.jsonl").open("a")
+        with writing(self._folder / "metrics.jsonl"):
+            self._file = (self._folder / "metrics.jsonl").open("a")
         if self._wants_board:
             self._board = _open_tensorboard(self._folder)
         console = Console(stderr=True)
@@ -67,7 +75,8 @@ class Recorder:
     ) -> None:
         for stream in (self._file, self._board):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # lines were flushed, or said to be lost
+                    stream.close()
         if self._progress is not None:
             self._progress.stop()
 
@@ -77,12 +86,13 @@ class Recorder:
         self.last = {**self.last, **record}
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+        with writing(self._folder / "metrics.jsonl"):
+            self._file.write(to_json(record) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in record.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, record["step"])
         self._show(int(record["step"]))
 
     def truncate(self, step: int) -> None:
@@ -99,7 +109,7 @@ class Recorder:
             if record["step"] > step:
                 break
             kept.append(line + "\n")
-            self.last |= record
+            self.last |= {k: math.nan if v is None else v for k, v in record.items()}
         self._before = {name: float(self.last.get(name, 0.0)) for name in _TIMES}
         write_whole(path, "".join(kept))
 
@@ -120,8 +130,43 @@ class Recorder:
 def write_whole(path: Path, text: str) -> None:
     """Write a file under another name, then rename it: a kill leaves the old one or the new."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and what to do.
+
+    Raises:
+        OutputError: for any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space and continue "
+            f"with --resume {path.parent}"
+        ) from error
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return strict JSON: what is not finite is null."""
+    return json.dumps(_strict(value), indent=indent, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _strict(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return value
 
 
 def check_tensorboard() -> None:

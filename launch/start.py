@@ -6,16 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gossamer.launch.config import RunConfig, apply_overrides, load_yaml
-from gossamer.launch.run import (
-    Request,
-    execute,
-    execute_in_child,
-    experiments_of,
-    ranks_of,
-    resume_from,
-    variants_of,
-)
+from gossamer.launch.comparison import experiments_of, ranks_of, variants_of, with_overrides
+from gossamer.launch.config import RunConfig, load_yaml
+from gossamer.launch.resume import resume_from
+from gossamer.launch.run import Request, execute, execute_in_child, require_threads
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.transports.select import detect_launcher
 
@@ -41,9 +35,7 @@ def start_run(
     Raises:
         ConfigError: what is wrong, before any process starts.
     """
-    values = load_yaml(_file_of(file, resume))
-    values = apply_overrides(values, settings)
-    values |= {key: value for key, value in options.items() if value is not None}
+    values = with_overrides(load_yaml(_file_of(file, resume)), settings, options)
     title = file.stem if file is not None else "resumed"
     request = Request(values, title, out, resume)
     if detect_launcher() != "none":
@@ -53,6 +45,7 @@ def start_run(
     count = _process_count(first)
     if count == 1:
         return execute(request)
+    require_threads(first)
     # All that one process can find wrong is found here, before there are several.
     experiments = experiments_of(runs, {k: c.ranks or count for k, c in runs.items()})
     for experiment in experiments.values():

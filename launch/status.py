@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from gossamer.launch.agreement import SilencedError
+from gossamer.launch.agreement import LateError, SilencedError
 from gossamer.launch.processes import end_siblings
 from gossamer.runtime.errors import CommError, ConfigError
 from gossamer.runtime.loop import Terminated
@@ -30,7 +30,7 @@ def exit_status(action: Callable[[], int]) -> int:
         if process_index() == 0:
             print(f"gossamer: {note}", file=sys.stderr, flush=True)
         return 143
-    except CommError as error:
+    except (CommError, LateError) as error:
         print(f"gossamer: process {process_index()}: {error}", file=sys.stderr, flush=True)
         if os.environ.get("GOSSAMER_TRACEBACK"):
             traceback.print_exc()

@@ -17,8 +17,8 @@ from pathlib import Path
 from string import Template
 from typing import Literal
 
-from gossamer.launch.config import Experiment, RunConfig, apply_overrides, load_yaml
-from gossamer.launch.run import variants_of
+from gossamer.launch.comparison import variants_of, with_overrides
+from gossamer.launch.config import Experiment, RunConfig, load_yaml
 from gossamer.runtime.errors import ConfigError, nearest
 
 __all__ = ["Job", "job_script", "submit"]
@@ -265,7 +265,7 @@ def _check(job: Job) -> dict[str, RunConfig]:
             f"--gpus-per-node: {job.ranks_per_node} processes on a node need a GPU each, got "
             f"{job.gpus_per_node}; use --ranks-per-node {job.gpus_per_node}"
         )
-    runs = variants_of(apply_overrides(load_yaml(job.file), list(job.settings)))
+    runs = variants_of(with_overrides(load_yaml(job.file), list(job.settings)))
     for config in runs.values():
         n = config.ranks or job.processes
         if n < job.processes:

@@ -21,7 +21,15 @@ from torch import Tensor
 from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.state import Scalar
 
-__all__ = ["LoopOptions", "Program", "Record", "Terminated", "run_loop", "terminations"]
+__all__ = [
+    "LoopOptions",
+    "Program",
+    "Record",
+    "Terminated",
+    "run_loop",
+    "terminations",
+    "traffic_totals",
+]
 
 Record = dict[str, float | int]
 """One line of the metrics."""
@@ -166,15 +174,20 @@ class _Clock:
         seconds = time.perf_counter() - self._begin - self._out
         lanes = {k: v - self._lanes_out[k] for k, v in traffic.seconds.items()}
         communicate = lanes["communicate"] + lanes["wait"]
-        sent = torch.from_numpy(np.stack([traffic.bytes_sent, traffic.messages_sent], axis=1))
-        totals = self._comm.all_reduce(sent.to(self._comm.device), "sum", count=False)[0].tolist()
         return {
-            "bytes_sent": totals[0],
-            "messages_sent": totals[1],
+            **traffic_totals(self._comm),
             "seconds": seconds,
             "seconds_compute": max(0.0, seconds - communicate),
             "seconds_communicate": communicate,
         }
+
+
+def traffic_totals(comm: Communicator) -> dict[str, int]:
+    """Return what all ranks have sent; every process calls it."""
+    traffic = comm.traffic
+    sent = torch.from_numpy(np.stack([traffic.bytes_sent, traffic.messages_sent], axis=1))
+    totals = comm.all_reduce(sent.to(comm.device), "sum", count=False)[0].tolist()
+    return {"bytes_sent": totals[0], "messages_sent": totals[1]}
 
 
 class _StopPoll:

@@ -173,7 +173,7 @@ def simulate(simulation: Simulation, seed: int = 0) -> Trajectory:
                 experiment.oracle(),
                 experiment.algorithm,
                 simulation.evaluator,
-            ),
+            ).start(),
             simulation.probe,
         )
         run_loop(comm, program, options, log=records.append)

@@ -164,3 +164,16 @@ def test_impossible_plans_are_refused():
         Sampler(problem_of([8, 3]), DataPlan(4, "poisson"), range(2), seed=0)
     with pytest.raises(ConfigError, match="rank 1 has no training example"):
         Sampler(problem_of([8, 0]), DataPlan(4), range(2), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "plan", "words"),
+    [
+        ([4, 0], DataPlan(2), "rank 1 has no training example"),
+        ([9, 3], DataPlan(4, "poisson"), "rank 1 holds 3 examples"),
+    ],
+)
+def test_what_is_wrong_with_one_rank_is_found_by_every_process(lengths, plan, words):
+    for ranks in ([0], [1], [0, 1]):
+        with pytest.raises(ConfigError, match=words):
+            Sampler(problem_of(lengths), plan, ranks, seed=0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gossamer.launch.cli import main
+from gossamer.launch.comparison import variants_of, with_overrides
 from gossamer.launch.config import Experiment, resolve
 
 BASE = {
@@ -266,6 +267,48 @@ def test_an_empty_stack_of_oracles_is_refused(refused):
 )
 def test_a_malformed_comparison_is_refused(refused, compare, words):
     refused(BASE | {"compare": compare}, words)
+
+
+COMPARED = BASE | {
+    "compare": {
+        "mine": {"algorithm": {"name": "d-nasa"}, "optimizer": None},
+        "theirs": {"algorithm": {"name": "dsgd"}, "seed": 3},
+    }
+}
+
+
+def sections(settings, **options):
+    """Return the runs of COMPARED as a command line changes them."""
+    return variants_of(with_overrides(COMPARED, settings, options))
+
+
+def test_an_override_reaches_every_run_of_a_comparison_whatever_its_entry_says():
+    runs = sections(["algorithm={name: dsgd, order: cta}", "seed=5", "threads=2"], ranks=2)
+    assert [run.algorithm for run in runs.values()] == [{"name": "dsgd", "order": "cta"}] * 2
+    assert [(run.seed, run.threads, run.ranks) for run in runs.values()] == [(5, 2, 2)] * 2
+
+
+def test_an_override_of_one_run_of_a_comparison_reaches_it_alone():
+    runs = sections(["compare.mine.algorithm.c=0.25"])
+    assert runs["mine"].algorithm == {"name": "d-nasa", "c": 0.25}
+    assert runs["theirs"].algorithm == {"name": "dsgd"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("algorithm.c=0.25", ["'dsgd' of run 'theirs'", "'c'", "-s compare.mine.algorithm.c=0.25"]),
+        ("algorithm.cc=0.25", ["compare.", "algorithm.cc", "unknown"]),
+        ("compare.mien.seed=1", ["no run 'mien'", "'mine'"]),
+        ("compare.mine.compare={a: {}}", ["compare.mine.compare", "no comparison"]),
+    ],
+)
+def test_an_override_that_fits_no_run_or_some_only_is_refused(refused, setting, words):
+    refused(COMPARED, words, "-s", setting)
+
+
+def test_more_threads_than_the_machine_could_run_are_refused(refused):
+    refused(BASE, ["threads", "100000", "cores"], "-s", "threads=100000")
 
 
 # --- the file and the command line ------------------------------------------------------------

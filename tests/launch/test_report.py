@@ -11,10 +11,12 @@ import yaml
 from typer.testing import CliRunner
 
 from gossamer.launch.cli import app
+from gossamer.launch.recorder import Recorder, to_json
 from gossamer.launch.report import finish, write_report
 from gossamer.launch.report_charts import charts_of, draw_chart, run_colors
-from gossamer.launch.report_runs import format_value, read_runs
+from gossamer.launch.report_runs import format_value, read_runs, table_row
 from gossamer.launch.start import start_run
+from gossamer.launch.status import exit_status
 from gossamer.runtime.errors import ConfigError
 
 COMPARISON = {
@@ -266,3 +268,38 @@ def synthetic_run(folder: Path, records):
     (folder / "summary.json").write_text("{}")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return read_runs([folder])[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_message_and_status_one(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    recorder = Recorder(tmp_path, "run", 3, leader=True, tensorboard=False)
+
+    def log() -> int:
+        with recorder:
+            recorder.log({"step": 0, "loss": 1.0})
+        return 0
+
+    assert exit_status(log) == 1
+    err = capsys.readouterr().err
+    assert "metrics.jsonl: cannot be written (No space left on device)" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+
+
+def test_what_is_not_finite_is_null_and_read_back(tmp_path):
+    recorder = Recorder(tmp_path, "run", 3, leader=True, tensorboard=False)
+    with recorder:
+        recorder.log({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "seconds": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "loss": None, "grad_norm": None, "seconds": 1.0}
+    (tmp_path / "config.yaml").write_text("algorithm: {name: dsgd}")
+    (tmp_path / "summary.json").write_text(to_json(recorder.last))
+    assert "NaN" not in (tmp_path / "summary.json").read_text()
+    run = read_runs([tmp_path])[0]
+    assert run.records == [{"step": 1, "seconds": 1.0}]
+    assert table_row(run)["loss"] is None
+    again = Recorder(tmp_path, "run", 3, leader=True, tensorboard=False)
+    again.truncate(1)
+    with again:
+        again.log({"step": 3, "batch_loss": 2.0, "seconds": 1.0})

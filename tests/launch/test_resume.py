@@ -257,12 +257,45 @@ def test_another_model_is_refused(refused):
 
 
 def test_another_model_is_refused_from_the_mean_too(refused, tmp_path):
-    refused(["another model"], ["task.hidden=[5]"], ranks=4, out=None)
+    fixed = "topology={name: ring}"
+    refused(["another model"], ["task.hidden=[5]", fixed], ranks=4)
+    refused(["another model"], ["task.model=linear", "task.hidden=[64]", fixed], ranks=5)
 
 
 def test_another_algorithm_is_refused(refused):
     refused(["lacks 'state/row'"], ["algorithm={name: d-nasa}", "optimizer=null"])
     refused(["optimizer", "also holds"], ["optimizer={name: sgd, lr: 0.1}"])
+
+
+def test_every_changed_field_is_named_in_one_line(cut, tmp_path, capsys):
+    changes = ["optimizer.lr=0.01", "algorithm={name: dsgd, order: cta}", "topology={name: ring}"]
+    free = ["steps=7", "log_every=1", "checkpoint_every=0"]
+    assert go(cut, tmp_path / "new", resume=cut, settings=changes + free) == 0
+    lines = [x for x in capsys.readouterr().err.splitlines() if "resuming with another" in x]
+    assert len(lines) == 1
+    for word in ("optimizer.lr (0.05 -> 0.01)", "algorithm.order (atc -> cta)", "topology.name"):
+        assert word in lines[0]
+    for word in ("steps", "log_every", "checkpoint_every", "seed"):
+        assert word not in lines[0]
+
+
+def test_nothing_is_said_where_nothing_changed(cut, capsys):
+    assert go(cut, resume=cut) == 0
+    assert "resuming with" not in capsys.readouterr().err
+
+
+def test_a_state_that_is_tied_to_its_graph_is_refused_on_another(tmp_path, capsys):
+    values = RUN | {"algorithm": {"name": "d2"}, "optimizer": {"name": "sgd", "lr": 0.05}}
+    values |= {"topology": {"name": "ring"}, "steps": 3}
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    assert go(tmp_path, tmp_path / "out", file=tmp_path / "run.yaml") == 0
+    capsys.readouterr()
+    other = ["topology={name: torus}", "steps=4"]
+    assert go(tmp_path, tmp_path / "new", resume=tmp_path / "out", settings=other) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    for word in ("topology", "d2", "one fixed graph", "config.yaml"):
+        assert word in err
 
 
 def test_steps_already_made_are_refused(refused, cut, whole, capsys):

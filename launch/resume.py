@@ -1,0 +1,210 @@
+"""Going on from a checkpoint: what fits, what changed, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer.algorithms.conditions import needs_static
+from gossamer.algorithms.program import TrainingProgram
+from gossamer.launch.config import Experiment
+from gossamer.runtime import Communicator
+from gossamer.runtime.checkpoint import Checkpoint
+from gossamer.runtime.errors import ConfigError
+
+__all__ = ["Resumption", "resume_from"]
+
+_FREE = frozenset(
+    {
+        "steps",
+        "transport",
+        "processes",
+        "timeout_s",
+        "log_every",
+        "evaluate_every",
+        "evaluate_examples",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "trace",
+        "tensorboard",
+    }
+)
+"""Fields that a resumed run may change without a word."""
+
+
+def resume_from(folder: Path) -> Checkpoint | None:
+    """Open the checkpoint to go on from; None: that run was ended before its first one.
+
+    Raises:
+        ConfigError: ``folder`` is no run and no checkpoint, or a file is missing or cut short.
+    """
+    begun = (folder / "config.yaml").is_file() and not (folder / "summary.json").exists()
+    if begun and not any((folder / "checkpoints").glob("step-*")):
+        return None
+    return Checkpoint.open(folder)
+
+
+class Resumption:
+    """A checkpoint read by this process, checked against the run that goes on from it.
+
+    Nothing is said to other processes until ``apply``, so that what one finds wrong all can agree
+    on before.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        experiment: Experiment,
+        comm: Communicator,
+        program: TrainingProgram,
+        folder: Path,
+    ) -> None:
+        """Check and read.
+
+        Args:
+            checkpoint: opened.
+            experiment: the run that goes on.
+            comm: its ranks; moved to the checkpoint's step by ``apply``.
+            program: not started.
+            folder: of the run that goes on.
+
+        Raises:
+            ConfigError: another model, a graph the state does not fit, no steps left, broken files.
+        """
+        self._checkpoint, self._comm, self._program = checkpoint, comm, program
+        self._elsewhere = checkpoint.meta["n"] != comm.n
+        here = checkpoint.meta.get("signature"), program.signature()
+        if here[0] != here[1]:
+            raise ConfigError(
+                f"--resume: {checkpoint.folder} holds another model than 'task' describes: "
+                f"{_first_difference(*here)}; use the config.yaml of its run"
+            )
+        require_steps_left(checkpoint, experiment.config.steps, folder)
+        self._mean: dict[str, torch.Tensor] | None = None
+        self._rows: dict[str, torch.Tensor] = {}
+        if self._elsewhere:
+            self._mean = checkpoint.mean()
+        else:
+            _require_same_graph(checkpoint, experiment)
+            self._rows = checkpoint.rows(comm.ranks)
+        self._changes = changed_fields(checkpoint, experiment)
+
+    def apply(self) -> None:
+        """Start the program where the checkpoint stands.
+
+        Raises:
+            ConfigError: the algorithm or oracle keeps another state; every process finds the same.
+        """
+        checkpoint, comm, program = self._checkpoint, self._comm, self._program
+        program.start(self._mean)
+        comm.step = checkpoint.meta["step"]
+        comm.round = checkpoint.meta.get("round", comm.step * program.rounds_per_step)
+        leader = comm.transport.process == 0
+        if not self._elsewhere:
+            require_same_state(checkpoint, self._rows, program)
+            program.restore(self._rows, checkpoint.meta["scalars"])
+        if leader and self._changes:
+            print(f"gossamer: resuming with another {self._changes}", file=sys.stderr)
+        if self._elsewhere:
+            if leader:
+                print(
+                    f"gossamer: resuming {comm.n} ranks from the mean of {checkpoint.meta['n']}; "
+                    "what else the algorithm kept starts afresh",
+                    file=sys.stderr,
+                )
+            return
+        if leader:  # the totals so far are process 0's; sums stay right
+            traffic = checkpoint.meta.get("traffic", {})
+            comm.traffic.bytes_sent[0] += traffic.get("bytes_sent", 0)
+            comm.traffic.messages_sent[0] += traffic.get("messages_sent", 0)
+
+
+def changed_fields(checkpoint: Checkpoint, experiment: Experiment) -> str:
+    """Return every field that is not as in the checkpoint's run, with both values; '' for none."""
+    before = _flat(checkpoint.meta.get("configuration", {}))
+    resolved = json.loads(json.dumps(experiment.resolved(), default=str))  # tuples become lists
+    now = _flat(resolved) if before else {}
+    spelled = []
+    for name in [*now, *sorted(before.keys() - now.keys())]:
+        kind, old, new = name.partition(".")[0], before.get(name), now.get(name)
+        renamed = before.get(f"{kind}.name") != now.get(f"{kind}.name") and name != f"{kind}.name"
+        if old != new and kind not in _FREE and not renamed:
+            spelled.append(f"{name} ({_spelled(old)} -> {_spelled(new)})")
+    return ", ".join(spelled)
+
+
+def _spelled(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _require_same_graph(checkpoint: Checkpoint, experiment: Experiment) -> None:
+    """Refuse another W where the algorithm's state is tied to the one it was made with."""
+    before = checkpoint.meta.get("topology")
+    if before in (None, experiment.topology.digest()) or not needs_static(experiment.algorithm):
+        return
+    raise ConfigError(
+        f"topology: {experiment.algorithm.name} needs one fixed graph from its first step on, and "
+        f"{checkpoint.folder} was written on another than {experiment.topology.name}; resume with "
+        "the topology of its config.yaml, or take another algorithm, such as dsgd, in a new run"
+    )
+
+
+def require_steps_left(checkpoint: Checkpoint, steps: int, folder: Path) -> None:
+    """Refuse a run that is over; one killed between its last checkpoint and its summary is not."""
+    step = checkpoint.meta["step"]
+    in_place = folder.resolve() == checkpoint.folder.resolve().parent.parent
+    unfinished = in_place and not (folder / "summary.json").exists()
+    if step > steps or (step == steps and not unfinished):
+        raise ConfigError(
+            f"steps: {checkpoint.folder} is at step {step} already, got {steps}; set more steps, "
+            f"for example -s steps={2 * step}"
+        )
+
+
+def require_same_state(
+    checkpoint: Checkpoint, rows: Mapping[str, torch.Tensor], program: TrainingProgram
+) -> None:
+    """Refuse a checkpoint that holds more or less than this algorithm and oracle keep."""
+    expected, numbers = program.snapshot()
+    # What is None in one may be a tensor in the other: made at the first step, say.
+    unset = {f"state/{name}" for name, value in numbers.items() if value is None}
+    unset |= {f"state/{k}" for k, value in checkpoint.meta["scalars"].items() if value is None}
+    for name in [*(expected.keys() - rows.keys()), *(rows.keys() - expected.keys())]:
+        if name in unset:
+            continue
+        verb = "lacks" if name in expected else "also holds"
+        raise ConfigError(
+            f"--resume: {checkpoint.folder} {verb} '{name}': it was written with another "
+            "algorithm, optimizer, oracle or model; use the config.yaml of its run"
+        )
+    for name, tensor in expected.items():
+        if name in rows and tensor.shape != rows[name].shape:
+            raise ConfigError(
+                f"--resume: '{name}' is {tuple(rows[name].shape)} in {checkpoint.folder} and "
+                f"{tuple(tensor.shape)} in this run; use the config.yaml of its run"
+            )
+
+
+def _first_difference(theirs: Any, ours: list[list[Any]]) -> str:
+    """Say where two lists of [name, shape] part."""
+    for a, b in itertools.zip_longest(theirs or [], ours):
+        if a != b:
+            spelled = [f"{x[0]} {tuple(x[1])}" if x else "nothing" for x in (a, b)]
+            return f"{spelled[0]} there, {spelled[1]} here"
+    return "it does not say which"
