@@ -172,7 +172,9 @@ def test_a_cap_takes_examples_from_all_over_a_sorted_shard():
         loss=lambda module, inputs: seen.append(inputs[0]) or module.weight.sum(),
     )
     x, layout = rows_around(problem, 1)
-    evaluate(RankGroup(1, StackedTransport()), problem, x, layout, examples=10, chunk=4, per_rank=False)
+    evaluate(
+        RankGroup(1, StackedTransport()), problem, x, layout, examples=10, chunk=4, per_rank=False
+    )
     assert [len(part) for part in seen] == [4, 4, 2]
     assert torch.cat(seen).tolist() == list(range(10))
 

@@ -1,4 +1,4 @@
-"""The communicator under mpirun against the stacked one, with integer-valued rows: sums are exact."""
+"""The communicator under mpirun against the stacked one."""
 
 import pytest
 import torch
