@@ -16,6 +16,10 @@ def from_the_start(t):
 
 def later(t):
     return STAR if t == 20 and os.environ.get("RANK") == "1" else RING
+
+
+def alike(t):
+    return STAR if t == 20 else RING
 """
 
 
@@ -41,8 +45,8 @@ def test_a_round_that_differs_between_processes_stops_all_of_them(
 
 def test_the_same_function_of_t_runs_on_all_processes(zygote, tmp_path):
     (tmp_path / "rounds.py").write_text(MODULE)
-    topology = {"name": "custom", "edges": "rounds:later"}
-    write_yaml(tmp_path / "run.yaml", topology=topology, timeout_s=20, steps=15)
+    topology = {"name": "custom", "edges": "rounds:alike"}
+    write_yaml(tmp_path / "run.yaml", topology=topology, timeout_s=20, steps=25)
     children = zygote.start_ranks(tmp_path, ["run", "run.yaml", "--out", "out"], 2)
     assert [child.wait() for child in children] == [0, 0], children[0].stderr
 
