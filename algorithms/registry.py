@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,36 @@ def import_object(path: str, where: str) -> Any:
     Raises:
         ConfigError: names ``where``, the path and what failed.
     """
-    module, _, attribute = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
+    module, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), name]):
+        what = "Class" if where.endswith(".name") else "function"
+        raise ConfigError(f"{where}: must be 'package.module:{what}', got '{path}'")
+    if str(Path.cwd()) not in sys.path:  # an installed command does not look here by itself
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if not module.startswith(str(error.name)):
+            raise ConfigError(
+                f"{where}: '{module}' imports '{error.name}', which is not installed; install it"
+            ) from error
         raise ConfigError(
-            f"{where}: cannot import '{module}' ({error}); run from its folder, or install it"
+            f"{where}: there is no module '{module}' in {Path.cwd()} or on PYTHONPATH, asked for "
+            f"by '{path}'; run from its folder, or install it"
         ) from error
-    except AttributeError:
-        known = [n for n in vars(sys.modules[module]) if not n.startswith("_")]
+    except Exception as error:
         raise ConfigError(
-            f"{where}: {module} has no '{attribute}'{nearest(attribute, known)}"
-        ) from None
+            f"{where}: importing '{module}' failed: {_cause(error)}; correct that file"
+        ) from error
+    if not hasattr(found, name):
+        known = [n for n in vars(found) if not n.startswith("_")]
+        raise ConfigError(f"{where}: {module} has no '{name}'{nearest(name, known)}")
+    return getattr(found, name)
+
+
+def _cause(error: Exception) -> str:
+    """Return the error and its place in the user's file, on one line."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"

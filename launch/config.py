@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -179,8 +176,6 @@ def _class_of(kind: str, section: Section, base: type[C]) -> type[C]:
     name = section["name"]
     if not isinstance(name, str):
         raise ConfigError(f"{kind}.name: must be text, got {name!r}")
-    if ":" in name:
-        _try_import(name, f"{kind}.name")
     cls = find(kind, name)
     if not issubclass(cls, base) or inspect.isabstract(cls):
         what = "lacks methods" if issubclass(cls, base) else "is no class derived from it"
@@ -212,38 +207,6 @@ def field_names(kind: str, section: Any) -> set[str] | None:
 def _missing_methods(cls: type[Any]) -> str:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     return f": {', '.join(missing)}" if missing else ""
-
-
-def _try_import(path: str, where: str) -> None:
-    """Import the module of ``module:Class``, whatever is wrong with it said as a ConfigError."""
-    module, _, name = path.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), name]):
-        raise ConfigError(f"{where}: must be 'package.module:Class', got '{path}'")
-    if str(Path.cwd()) not in sys.path:  # an installed command does not look here by itself
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not module.startswith(str(error.name)):
-            raise ConfigError(
-                f"{where}: '{module}' imports '{error.name}', which is not installed; install it"
-            ) from error
-        raise ConfigError(
-            f"{where}: there is no module '{module}' in {Path.cwd()} or on PYTHONPATH, asked for "
-            f"by '{path}'; run from its folder, or install it"
-        ) from error
-    except Exception as error:
-        raise ConfigError(
-            f"{where}: importing '{module}' failed: {_cause(error)}; correct that file"
-        ) from error
-
-
-def _cause(error: Exception) -> str:
-    """Return the error and its place in the user's file, on one line."""
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
 
 
 def _component(kind: str, section: Section, base: type[C]) -> C:
