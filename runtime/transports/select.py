@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -171,8 +172,9 @@ def transport_name(name: str) -> str:
 def _torch_backend() -> str:
     """Return ``nccl`` where every process of this node has a GPU of its own, else ``gloo``."""
     gpus = torch.cuda.device_count()
-    on_slurm = os.environ.get("SLURM_TASKS_PER_NODE", "").partition("(")[0]  # "4(x2)"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or on_slurm or world_size())
+    on_slurm = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_TASKS_PER_NODE", ""))  # "4(x2),3"
+    most = max(map(int, on_slurm), default=world_size())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or most)
     if 0 < gpus < here:
         log.warning("transport: %d GPUs for %d processes here: gloo on CPUs", gpus, here)
     return "nccl" if gpus >= here else "gloo"
