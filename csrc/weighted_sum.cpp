@@ -20,7 +20,7 @@ constexpr std::size_t kCacheBytes = 384 << 10;    // what a block may use of a c
 constexpr std::size_t kMinBlockBytes = 2 << 10;   // shorter pieces of rows are read too slowly
 constexpr std::size_t kAlign = 64;                // blocks are whole cache lines in every dtype
 constexpr std::size_t kStreamBytes = 16 << 20;    // outputs larger than this go past the caches
-constexpr std::size_t kBytesPerThread = 4 << 20;  // a thread starts in the time this much takes
+constexpr std::size_t kBytesPerThread = 4 << 20;  // starting a thread costs a fraction of this
 
 // GOSSAMER_ISA in the environment forces a set (tests compare their bits); an unknown or
 // unsupported one is ignored in favour of the best.
