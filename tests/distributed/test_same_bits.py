@@ -28,7 +28,7 @@ def every_algorithm() -> dict[str, dict]:
         if name in ("sgp", "push-diging"):
             runs[name]["topology"] = {"name": "directed_ring"}
     schedule = {"algorithm": {"name": "d-nasa"}, "topology": {"name": "one_peer_exponential"}}
-    return {**runs, "d-nasa on a schedule": schedule}
+    return {**runs, "d-nasa-on-a-schedule": schedule}
 
 
 @pytest.fixture(scope="module")
