@@ -202,8 +202,6 @@ def run_mpi(count: int, arguments: Sequence[str]) -> int:
     # refuses the first two and prints the third. A variable that is set is left alone.
     os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
-    # mpirun kills one second after it was told to end: leave time to save.
-    os.environ.setdefault("PRTE_MCA_odls_base_sigkill_timeout", "30")
     if os.geteuid() == 0:
         os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
         os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
