@@ -112,7 +112,6 @@ def run_loop(
     log: Callable[[Record], None],
     save: Callable[[], None] | None = None,
     stop: StopRequest | None = None,
-    before_step: Callable[[int], None] | None = None,
 ) -> None:
     """Run from ``comm.step`` to ``options.steps``.
 
@@ -123,7 +122,6 @@ def run_loop(
         log: takes each record, on every process.
         save: writes a checkpoint of this step.
         stop: a request to end early.
-        before_step: called with the step's number; tests inject faults here.
 
     Raises:
         Terminated: ``stop`` was set on some process; the state was saved first.
@@ -136,8 +134,6 @@ def run_loop(
             start = program.evaluate()
         log({"step": 0, **start})
     while comm.step < options.steps:
-        if before_step is not None:
-            before_step(comm.step)
         with comm.traffic.span("compute", "step", comm.step):  # the trace takes the waits out
             figures = program.step()
         comm.step += 1

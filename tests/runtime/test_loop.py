@@ -142,13 +142,6 @@ def test_a_program_that_raises_is_not_saved(loop):
     assert saved == []
 
 
-def test_before_step_sees_every_step(loop):
-    _, run = loop
-    seen = []
-    run(3, before_step=seen.append)
-    assert seen == [0, 1, 2]
-
-
 def test_sigterm_sets_the_request_and_the_handler_is_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with terminations() as stop:
