@@ -51,8 +51,13 @@ class Row:
 
 def algorithm_table() -> list[Row]:
     """Run every registered algorithm for a few steps and return what was seen."""
-    logging.getLogger("gossamer").setLevel(logging.ERROR)  # lazy W: expected here
-    return [_row(name) for name in REGISTRY["algorithm"]]
+    log = logging.getLogger("gossamer")
+    level = log.level
+    log.setLevel(logging.ERROR)  # lazy W: expected here
+    try:
+        return [_row(name) for name in REGISTRY["algorithm"]]
+    finally:
+        log.setLevel(level)
 
 
 def markdown(rows: list[Row]) -> str:
