@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind_group.h"
 #include "philox.h"
 #include "weighted_sum.h"
 
@@ -120,6 +121,7 @@ void fill(Distribution kind, T* out, std::size_t n, std::uint64_t begin, const S
 NB_MODULE(_C, m) {
   m.doc() =
       "Compiled kernels; call them through gossamer.runtime.native, which checks the arguments.";
+  bind_group(m);
   m.def("instruction_set", &gossamer::instruction_set, "The instruction set the kernels use here.");
   m.def("weighted_sum", &weighted_sum, "blocks"_a, "indptr"_a, "columns"_a, "weights"_a, "out"_a,
         "addend"_a.none(), "a"_a, "d"_a, "dtype"_a, "wide"_a, "num_threads"_a);

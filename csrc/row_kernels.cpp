@@ -2,6 +2,7 @@
 // fixed number of lanes, so that each set, whatever its vectors' width, computes the same bits.
 #include "row_kernels.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -240,6 +241,72 @@ void sum_rows(const Schedule& schedule, const Block& block, Dtype dtype, bool wi
   }
 }
 
+template <typename T, typename Acc>
+void sum_one_as(std::span<const Term> terms, std::size_t begin, std::size_t len, std::uintptr_t to,
+                bool stream) {
+  T* out = reinterpret_cast<T*>(to);
+  if (stream && to % kVectorBytes == 0) {
+    sum_row<T, Acc, true>(terms, {}, begin, len, out);
+    if constexpr (kHasStream) stream_fence();
+  } else {
+    sum_row<T, Acc, false>(terms, {}, begin, len, out);
+  }
+}
+
+// Calls f with a null pointer to the element type.
+template <typename F>
+auto as_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case Dtype::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case Dtype::kFloat16:
+      return f(static_cast<_Float16*>(nullptr));
+    case Dtype::kFloat32:
+      break;
+  }
+  return f(static_cast<float*>(nullptr));
+}
+
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+void sum_one(std::span<const Term> terms, std::size_t begin, std::size_t len, std::uintptr_t out,
+             Dtype dtype, bool stream) {
+  as_type(dtype,
+          [&]<typename T>(T*) { sum_one_as<T, Accumulator<T>>(terms, begin, len, out, stream); });
+}
+
+void copy(const std::byte* from, std::byte* to, std::size_t bytes) {
+  std::size_t i = 0;
+  if constexpr (kHasStream) {
+    const std::size_t head = (kVectorBytes - reinterpret_cast<std::uintptr_t>(to)) % kVectorBytes;
+    i = std::min(head, bytes);
+    std::memcpy(to, from, i);
+    for (; i + kVectorBytes <= bytes; i += kVectorBytes) {
+      stream_vector(reinterpret_cast<float*>(to + i),
+                    load<float, float>(reinterpret_cast<const float*>(from + i)));
+    }
+    stream_fence();
+  }
+  std::memcpy(to + i, from + i, bytes - i);
+}
+
+void divide(std::uintptr_t x, std::size_t len, double by, Dtype dtype) {
+  as_type(dtype, [&]<typename T>(T*) {
+    using Acc = Accumulator<T>;
+    T* p = reinterpret_cast<T*>(x);
+    const Acc d = static_cast<Acc>(by);
+    std::size_t i = 0;
+    for (; i + kLanes<Acc> <= len; i += kLanes<Acc>) {
+      const Vec<Acc> quotient = load<T, Acc>(p + i) / d;
+      store<T, Acc>(p + i, quotient);
+    }
+    for (; i < len; ++i) store_one<T, Acc>(p + i, load_one<T, Acc>(p + i) / d);
+  });
+}
+
 // Element i is added to lane i % 32; then the lanes are added in a fixed tree, then the rest.
 template <typename T>
 double dot(const T* x, const T* y, std::size_t d) {
@@ -264,24 +331,14 @@ double dot(const T* x, const T* y, std::size_t d) {
 }
 
 double dot_row(std::uintptr_t x, std::uintptr_t y, std::size_t d, Dtype dtype) {
-  const auto as = [&]<typename T>(T) {
+  return as_type(dtype, [&]<typename T>(T*) {
     return dot(reinterpret_cast<const T*>(x), reinterpret_cast<const T*>(y), d);
-  };
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return as(float{});
-    case Dtype::kFloat64:
-      return as(double{});
-    case Dtype::kBFloat16:
-      return as(BFloat16{});
-    case Dtype::kFloat16:
-      return as(_Float16{});
-  }
-  return 0;
+  });
 }
 
 }  // namespace
 
-extern const RowKernels kKernels{GOSSAMER_STRING(GOSSAMER_ISA), sum_rows, dot_row};
+extern const RowKernels kKernels{
+    GOSSAMER_STRING(GOSSAMER_ISA), sum_rows, sum_one, copy, divide, dot_row};
 
 }  // namespace gossamer::GOSSAMER_ISA

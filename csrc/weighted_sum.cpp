@@ -39,11 +39,6 @@ const RowKernels& choose() {
   return baseline::kKernels;
 }
 
-const RowKernels& kernels() {
-  static const RowKernels& chosen = choose();
-  return chosen;
-}
-
 // Calls work(i, thread) for i < count on `num_threads` threads, this one (0) included. Which thread
 // does what is left to chance: no result may depend on it.
 void for_each(std::size_t count, std::size_t num_threads,
@@ -69,6 +64,11 @@ std::size_t threads_for(std::size_t work_bytes, std::size_t num_threads) {
 std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 }  // namespace
+
+const RowKernels& kernels() {
+  static const RowKernels& chosen = choose();
+  return chosen;
+}
 
 void weighted_sum(const WeightedSum& job, std::size_t num_threads) {
   if (job.out.count == 0 || job.d == 0) return;

@@ -9,6 +9,42 @@ import numpy
 from numpy.typing import NDArray
 
 
+class Group:
+    """The processes of a job on one host, in shared memory."""
+
+    @staticmethod
+    def create(job: bytes, process: int, processes: int, bytes: int, cores: int) -> Group: ...
+
+    @property
+    def ticket(self) -> tuple[int, int, int]: ...
+
+    def attach(self, tickets: Sequence[tuple[int, int, int]]) -> None: ...
+
+    def allocate(self, bytes: int) -> object: ...
+
+    def owns(self, address: int, bytes: int) -> bool: ...
+
+    def average(self, plan: AveragePlan, x: int, x_stride: int, out: int, out_stride: int, y: int, y_stride: int, a: float, d: int, dtype: int, rounds: int, num_threads: int, timeout_s: float) -> int: ...
+
+    def sum(self, x: int, x_stride: int, counts: Sequence[int], out: int, d: int, dtype: int, divisor: float, timeout_s: float) -> int: ...
+
+    def close(self) -> None: ...
+
+class AveragePlan:
+    """One process's part of a round."""
+
+    @staticmethod
+    def create(targets: Sequence[int], staged_rows: Sequence[int], most_staged: int, sources: Sequence[tuple[int, Sequence[int], Sequence[int]]], indptr: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], columns: Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], weights: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> AveragePlan: ...
+
+class Exchange:
+    """Transfers on their way."""
+
+    def __init__(self, group: Group, sends: Sequence[tuple[int, int, int]], receives: Sequence[tuple[int, int, int]]) -> None: ...
+
+    def wait(self, timeout_s: float) -> int: ...
+
+    def test(self) -> bool: ...
+
 def instruction_set() -> str:
     """The instruction set the kernels use here."""
 

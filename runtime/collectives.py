@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.runtime.native import Terms, weighted_sum
+from gossamer.runtime.native import DTYPES, Terms, weighted_sum
 from gossamer.runtime.placement import Placement
+from gossamer.runtime.shared_memory import counts_of
 from gossamer.runtime.traffic import Traffic
 from gossamer.runtime.transports.base import Transport
 
@@ -48,8 +49,11 @@ class RankGroup:
         self.local = len(self.ranks)
         self.device = transport.device
         self.timeout_s = timeout_s
-        self.traffic = Traffic(np.zeros(self.local, np.int64), np.zeros(self.local, np.int64))
+        self.traffic = Traffic(self.local)
         self.step = 0
+        self._shared = transport.shared
+        self._counts = counts_of(self.placement)
+        self._each = np.ones(self.local, np.int64)
         self._scratch_rows: dict[torch.dtype, Tensor] = {}
 
     # --- collectives ------------------------------------------------------------------------
@@ -76,6 +80,14 @@ class RankGroup:
         if op in ("min", "max"):
             rows = self._gather_rows(x, f"all_reduce({op})")
             return (torch.amin if op == "min" else torch.amax)(rows, 0, keepdim=True, out=out)
+        if self._shared is not None and x.dtype in DTYPES:
+            self._settle()
+            divisor = float(self.n) if op == "mean" else 1.0
+            with self.traffic.span("communicate", "all_reduce", self.step):
+                status = self._shared.sum(x, out, self._counts, divisor, self.timeout_s)
+            if status != 0:
+                self._shared.check(status, f"step {self.step}: all_reduce", self.timeout_s)
+            return out
         if self._gathers_whole(m * x.element_size()):
             x = x.contiguous()
             _sum_rows(self._swap(lambda p: x, x, f"all_reduce({op})"), out)
@@ -158,6 +170,9 @@ class RankGroup:
         me, processes = self.transport.process, self.transport.processes
         return [(me + k) % processes for k in range(1, processes)]
 
+    def _settle(self) -> None:
+        """Let an operation in flight finish first; here there is none."""
+
     def _exchange(
         self,
         sends: Sequence[tuple[int, Tensor]],
@@ -172,8 +187,7 @@ class RankGroup:
 
     def _count(self, bytes_sent: float, messages: int, count: bool) -> None:
         if count and self.n > 1:
-            self.traffic.bytes_sent += round(bytes_sent)
-            self.traffic.messages_sent += messages
+            self.traffic.count(self._each, messages, round(bytes_sent))
 
     def _gather_rows(self, x: Tensor, operation: str) -> Tensor:
         if self.transport.processes == 1:

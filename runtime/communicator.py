@@ -20,7 +20,7 @@ from torch import Tensor
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.errors import RoundMismatch
 from gossamer.runtime.exchange import ExchangePlan, plan_exchange
-from gossamer.runtime.native import Terms, weighted_sum
+from gossamer.runtime.native import AveragePlan, Terms, weighted_sum
 from gossamer.runtime.random import Random, Stream
 from gossamer.runtime.rows import empty_rows
 from gossamer.runtime.transports.base import Transport
@@ -128,6 +128,7 @@ class Communicator(RankGroup):
         self.seed = Random(seed)
         self._check_rounds = check_rounds and transport.processes > 1
         self._plans = lru_cache(maxsize=max(64, topology.period or 0))(self._plan)
+        self._compiled_plans: dict[int, tuple[ExchangePlan, AveragePlan]] = {}
         self._agreed: set[int] = set()
         self._scratch: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._worker: ThreadPoolExecutor | None = None
@@ -170,7 +171,9 @@ class Communicator(RankGroup):
         """
         out = self._output(x, out)
         self._settle()
-        return self._average(self._plan_now(), x, out, axpy, rounds)
+        plan = self._plan_now()
+        self.traffic.count(plan.degree, rounds, rounds * x.shape[1] * x.itemsize)
+        return self._average(plan, x, out, axpy, rounds)
 
     def neighbor_average_async(
         self,
@@ -186,6 +189,7 @@ class Communicator(RankGroup):
         """
         out = self._output(x, out)
         plan = self._plan_now()
+        self.traffic.count(plan.degree, rounds, rounds * x.shape[1] * x.itemsize)
         if self._worker is None:
             self._worker = ThreadPoolExecutor(
                 1, "gossamer-comm", initializer=_use_device, initargs=(self.device,)
@@ -204,7 +208,7 @@ class Communicator(RankGroup):
         """
         plan = self._plan_now()
         self._settle()
-        self._count_edges(plan, x, 1)
+        self.traffic.count(plan.degree, 1, x.shape[1] * x.itemsize)
         received = self._receive(plan, x, "neighbor_gather")
         columns = torch.from_numpy(plan.columns)
         rows = torch.cat([x, received]) if plan.num_received else x
@@ -219,6 +223,8 @@ class Communicator(RankGroup):
 
     def alloc(self, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return zeros (local, d) where the transport reads rows without copies."""
+        if self._shared is not None:
+            return self._shared.alloc(self.local, d, dtype)
         return empty_rows(self.local, d, dtype, self.device)
 
     def random(self, name: str, *, ids: Iterable[int] | None = None, draw: int = 0) -> Stream:
@@ -302,7 +308,14 @@ class Communicator(RankGroup):
         axpy: tuple[float, Tensor] | None,
         rounds: int,
     ) -> Tensor:
-        self._count_edges(plan, x, rounds)
+        if self._shared is not None:
+            with self.traffic.span("communicate", "neighbor_average", self.step):
+                status = self._shared.average(
+                    self._compiled(plan), x, out, axpy, rounds, self.timeout_s
+                )
+            if status != 0:
+                self._shared.check(status, self._where("neighbor_average"), self.timeout_s)
+            return out
         source = x
         for k in range(rounds):
             received = self._receive(plan, source, "neighbor_average")
@@ -326,20 +339,30 @@ class Communicator(RankGroup):
         for peer, count in plan.receives:
             receives += [(peer, received[k]) for k in range(at, at + count)]
             at += count
-        where = f"step {self.step}: {operation} (round {self.round})"
         with self.traffic.span("wait", operation, self.step):
-            self.transport.exchange(sends, receives, where).wait(self.timeout_s)
+            pending = self.transport.exchange(sends, receives, self._where(operation))
+            pending.wait(self.timeout_s)
         return received
+
+    def _where(self, operation: str) -> str:
+        return f"step {self.step}: {operation} (round {self.round})"
+
+    def _compiled(self, plan: ExchangePlan) -> AveragePlan:
+        """Return the plan in the form that shared memory wants; the last ones are kept."""
+        compiled = self._compiled_plans.get(id(plan))
+        if compiled is None:
+            assert self._shared is not None
+            if len(self._compiled_plans) > self._plans.cache_parameters()["maxsize"]:
+                self._compiled_plans.clear()
+            compiled = plan, self._shared.prepare(plan)  # the plan too: its id stays its own
+            self._compiled_plans[id(plan)] = compiled
+        return compiled[1]
 
     def _buffer(self, rows: int, like: Tensor) -> Tensor:
         key = (rows, like.shape[1], like.dtype)
         if key not in self._scratch:
             self._scratch[key] = empty_rows(rows, like.shape[1], like.dtype, like.device)
         return self._scratch[key]
-
-    def _count_edges(self, plan: ExchangePlan, x: Tensor, rounds: int) -> None:
-        self.traffic.messages_sent += plan.degree * rounds
-        self.traffic.bytes_sent += plan.degree * (rounds * x.shape[1] * x.element_size())
 
 
 def _use_device(device: torch.device) -> None:

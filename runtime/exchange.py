@@ -24,6 +24,10 @@ class ExchangePlan:
         sends: (peer, hosted rows it wants, ascending).
         receives: (peer, how many rows come from it), peers ascending: ranks ascend too.
         num_received: rows received in all.
+        staged: hosted rows that any other process wants, ascending.
+        most_staged: how many those are on the process that has most.
+        peer_rows: per entry of ``receives``, the wanted rows as rows of the peer's block.
+        peer_staged: the same, as places in the peer's ``staged``.
         terms: the weighted sums over the table: own row first, then ascending rank.
         sources: int64 (edges,), the sending rank of each in-edge of the hosted ranks, by target.
         columns: int64 (edges,), its place in the table.
@@ -35,6 +39,10 @@ class ExchangePlan:
     sends: tuple[tuple[int, tuple[int, ...]], ...]
     receives: tuple[tuple[int, int], ...]
     num_received: int
+    staged: tuple[int, ...]
+    most_staged: int
+    peer_rows: tuple[tuple[int, ...], ...]
+    peer_staged: tuple[tuple[int, ...], ...]
     terms: Terms
     sources: np.ndarray
     columns: np.ndarray
@@ -58,10 +66,26 @@ def plan_exchange(round_: Round, placement: Placement, process: int) -> Exchange
     columns = np.where(here, sources - first, local + np.searchsorted(remote, sources))
     peers, counts = np.unique(placement.owner(remote), return_counts=True)
 
+    # All rows that travel; each process's are a contiguous part.
+    travelling, per_process = _travelling(round_, placement)
+    begins = np.concatenate([[0], np.cumsum(per_process)])
+    mine = travelling[begins[process] : begins[process + 1]]
+    wanted = np.split(remote, np.cumsum(counts)[:-1]) if len(peers) else []
+
     return ExchangePlan(
         sends=_sends(round_, placement, process),
         receives=tuple(zip(peers.tolist(), counts.tolist(), strict=True)),
         num_received=len(remote),
+        staged=tuple((mine - first).tolist()),
+        most_staged=int(per_process.max(initial=0)),
+        peer_rows=tuple(
+            tuple((rows - placement.ranks(int(p)).start).tolist())
+            for p, rows in zip(peers, wanted, strict=True)
+        ),
+        peer_staged=tuple(
+            tuple((np.searchsorted(travelling, rows) - begins[int(p)]).tolist())
+            for p, rows in zip(peers, wanted, strict=True)
+        ),
         terms=_with_self(round_.self_weight[first:last], indptr, columns, weights),
         sources=sources,
         columns=columns,
@@ -69,6 +93,14 @@ def plan_exchange(round_: Round, placement: Placement, process: int) -> Exchange
         weights=weights,
         degree=np.bincount(round_.sources, minlength=round_.n)[first:last],
     )
+
+
+def _travelling(round_: Round, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ranks whose rows leave their process, ascending, and how many per process."""
+    targets = np.repeat(np.arange(round_.n), np.diff(round_.indptr))
+    away = placement.owner(targets) != placement.owner(round_.sources)
+    ranks = np.unique(round_.sources[away])
+    return ranks, np.bincount(placement.owner(ranks), minlength=placement.processes)
 
 
 def _sends(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 try:
     from gossamer.runtime import _C
+    from gossamer.runtime._C import AveragePlan, Exchange, Group
 except ImportError as error:
     raise ImportError(
         "gossamer's compiled module is missing; build it with "
@@ -19,11 +20,16 @@ except ImportError as error:
 
 __all__ = [
     "ALIGNMENT",
+    "DTYPES",
+    "AveragePlan",
+    "Exchange",
+    "Group",
     "Terms",
     "build_info",
     "combine",
     "fill",
     "fill_words",
+    "num_threads",
     "row_dot",
     "use_threads",
     "weighted_sum",
@@ -32,7 +38,7 @@ __all__ = [
 ALIGNMENT = 64
 """Rows and parameters start at multiples of this many bytes: a cache line, a vector register."""
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DISTRIBUTIONS = {"uniform": 0, "normal": 1, "rademacher": 2}
 
 
@@ -78,7 +84,8 @@ def use_threads(count: int | None) -> None:
     _num_threads = count
 
 
-def _threads() -> int:
+def num_threads() -> int:
+    """Return how many threads the kernels may use."""
     return _num_threads or torch.get_num_threads()
 
 
@@ -129,9 +136,9 @@ def weighted_sum(
         ValueError: shapes, dtypes, devices or memory layouts do not fit, a term names no row of the
             table, or a row of ``out`` overlaps a source in part.
     """
-    code = _DTYPES.get(out.dtype)
+    code = DTYPES.get(out.dtype)
     if code is None:
-        raise ValueError(f"weighted_sum: dtype {out.dtype} is not one of {list(_DTYPES)}")
+        raise ValueError(f"weighted_sum: dtype {out.dtype} is not one of {list(DTYPES)}")
     target = _rows("weighted_sum: out", out, out)
     table = [_rows("weighted_sum: block", block, out) for block in blocks]
     if len(terms.indptr) != target[1] + 1:
@@ -155,7 +162,7 @@ def weighted_sum(
         out.shape[1],
         code,
         wide,
-        _threads(),
+        num_threads(),
     )
     return out
 
@@ -189,7 +196,7 @@ def combine(blocks: Sequence[Tensor], weights: np.ndarray, out: Tensor) -> Tenso
             weights=np.broadcast_to(weights.reshape(-1, count), (rows, count)).reshape(-1),
         )
         return _weighted_sum_torch(blocks, terms, out, 0.0, None)
-    _C.combine(table, weights, target, out.shape[1], _DTYPES[out.dtype], _threads())
+    _C.combine(table, weights, target, out.shape[1], DTYPES[out.dtype], num_threads())
     return out
 
 
@@ -229,13 +236,13 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
     """
     a = _rows("row_dot: x", x, x)
     b = _rows("row_dot: y", y, x)
-    if x.dtype not in _DTYPES or x.shape != y.shape:
+    if x.dtype not in DTYPES or x.shape != y.shape:
         raise ValueError(f"row_dot: {tuple(x.shape)} {x.dtype} with {tuple(y.shape)}")
     if not x.is_cpu:
         with torch.no_grad():
             return (x.double() * y.double()).sum(dim=1, keepdim=True)
     out = torch.empty(x.shape[0], 1, dtype=torch.float64)
-    _C.row_dot(a, b, x.shape[1], _DTYPES[x.dtype], out.data_ptr(), _threads())
+    _C.row_dot(a, b, x.shape[1], DTYPES[x.dtype], out.data_ptr(), num_threads())
     return out
 
 

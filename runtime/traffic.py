@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +30,6 @@ class Event:
     background: bool = False
 
 
-@dataclass
 class Traffic:
     """Counters of one process.
 
@@ -41,34 +38,75 @@ class Traffic:
     transport and split of ranks.
 
     Attributes:
-        bytes_sent: (local,) int64, per hosted rank.
-        messages_sent: (local,) int64, per hosted rank.
         seconds: time per lane so far on the caller's thread; what runs in the background costs
             the caller only what it waits for.
         events: spans, kept when ``tracing``.
     """
 
-    bytes_sent: np.ndarray
-    messages_sent: np.ndarray
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"compute": 0.0, "communicate": 0.0, "wait": 0.0}
-    )
-    events: list[Event] = field(default_factory=list)
-    tracing: bool = False
-    origin: float = field(default_factory=time.perf_counter)
-    thread: int = field(default_factory=threading.get_ident)
+    def __init__(self, local: int) -> None:
+        """Start at nothing, for ``local`` hosted ranks."""
+        self._bytes, self._messages = np.zeros(local, np.int64), np.zeros(local, np.int64)
+        # Counts that wait to be added: an operation of a few bytes takes less than an addition.
+        self._waiting: dict[int, list[Any]] = {}
+        self.seconds: dict[Lane, float] = {"compute": 0.0, "communicate": 0.0, "wait": 0.0}
+        self.events: list[Event] = []
+        self.tracing = False
+        self.origin = time.perf_counter()
+        self.thread = threading.get_ident()
 
-    @contextmanager
-    def span(self, lane: Lane, name: str, step: int) -> Iterator[None]:
-        """Time the block as part of ``lane``."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            end = time.perf_counter()
-            background = threading.get_ident() != self.thread
-            if not background:
-                self.seconds[lane] += end - begin
-            if self.tracing:
-                span = (begin - self.origin, end - self.origin)
-                self.events.append(Event(lane, name, *span, step, background))
+    def count(self, per_rank: np.ndarray, messages: int, bytes_sent: int) -> None:
+        """Count ``per_rank * messages`` messages and ``per_rank * bytes_sent`` bytes.
+
+        Args:
+            per_rank: (local,) int64, not changed later.
+            messages: for each unit of ``per_rank``.
+            bytes_sent: likewise.
+        """
+        waiting = self._waiting.get(id(per_rank))
+        if waiting is None:
+            self._waiting[id(per_rank)] = [per_rank, messages, bytes_sent]
+        else:
+            waiting[1] += messages
+            waiting[2] += bytes_sent
+
+    def _settle(self) -> None:
+        for per_rank, messages, bytes_sent in self._waiting.values():
+            self._bytes += per_rank * bytes_sent
+            self._messages += per_rank * messages
+        self._waiting.clear()
+
+    @property
+    def bytes_sent(self) -> np.ndarray:
+        """(local,) int64, per hosted rank; may be written to."""
+        self._settle()
+        return self._bytes
+
+    @property
+    def messages_sent(self) -> np.ndarray:
+        """(local,) int64, per hosted rank; may be written to."""
+        self._settle()
+        return self._messages
+
+    def span(self, lane: Lane, name: str, step: int) -> _Span:
+        """Return a context that times its block as part of ``lane``."""
+        return _Span(self, lane, name, step)
+
+
+class _Span:
+    # Not a generator: an operation of a few bytes takes about as long as entering one.
+    __slots__ = ("_begin", "_lane", "_name", "_step", "_traffic")
+
+    def __init__(self, traffic: Traffic, lane: Lane, name: str, step: int) -> None:
+        self._traffic, self._lane, self._name, self._step = traffic, lane, name, step
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        end, traffic = time.perf_counter(), self._traffic
+        background = threading.get_ident() != traffic.thread
+        if not background:
+            traffic.seconds[self._lane] += end - self._begin
+        if traffic.tracing:
+            times = (self._begin - traffic.origin, end - traffic.origin)
+            traffic.events.append(Event(self._lane, self._name, *times, self._step, background))

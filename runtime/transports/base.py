@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gossamer.runtime.shared_memory import SharedMemory
+
 __all__ = ["Pending", "Transport"]
 
 Transfers = Sequence[tuple[int, Tensor]]
@@ -35,12 +37,15 @@ class Transport(Protocol):
         process: this process, 0..processes-1.
         processes: how many there are.
         device: where buffers must live.
+        shared: memory that all processes of the run reach, where there is such; collectives then
+            read peers' rows in place.
     """
 
     name: str
     process: int
     processes: int
     device: torch.device
+    shared: SharedMemory | None
 
     def exchange(self, sends: Transfers, receives: Transfers, operation: str) -> Pending:
         """Start all transfers together; messages between one pair match in issue order.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gossamer.runtime.errors import CommError, CommTimeout, ConfigError
+from gossamer.runtime.shared_memory import SharedMemory
 from gossamer.runtime.transports.base import Pending, Transfers
 
 __all__ = ["MPITransport"]
@@ -77,6 +78,7 @@ class MPITransport:
     """The processes of ``MPI.COMM_WORLD``, on a communicator of our own."""
 
     name = "mpi"
+    shared: SharedMemory | None = None
 
     def __init__(self) -> None:
         self._mpi = _load_mpi()

@@ -24,7 +24,7 @@ __all__ = [
     "world_size",
 ]
 
-TRANSPORTS = ("auto", "stacked", "mpi", "gloo", "nccl")
+TRANSPORTS = ("auto", "stacked", "native", "mpi", "gloo", "nccl")
 
 log = logging.getLogger("gossamer")
 
@@ -101,17 +101,38 @@ def _number(
 def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport:
     """Open the transport ``name``; ``auto`` follows the launcher.
 
-    Nothing launched: ``stacked``. torchrun: ``nccl`` where every process has a GPU, else ``gloo``.
-    mpirun: ``mpi``. srun: ``gloo`` or ``nccl`` from SLURM's variables.
+    Nothing launched: ``stacked``. GPUs, one per process: ``nccl``. Else the processes meet over
+    ``mpi`` (mpirun) or ``gloo`` (torchrun, srun) and go on over shared memory: ``native`` where
+    all are on one host; over the one they met with, where no two are.
 
     Raises:
         ConfigError: unknown name, or one that does not fit how the program was started.
+        CommError: the processes did not meet.
     """
-    launcher, name = detect_launcher(), transport_name(name)
+    name, launcher = transport_name(name), detect_launcher()
     if name == "stacked":
         from gossamer.runtime.transports.stacked import StackedTransport
 
         return StackedTransport()
+    if name not in ("auto", "native"):
+        return _open(name, launcher, timeout_s)
+    meeting = _open("mpi" if launcher == "mpi" else "gloo", launcher, timeout_s)
+    from gossamer.runtime.collectives import RankGroup
+    from gossamer.runtime.transports.native import NativeTransport, hosts_of
+
+    hosts = hosts_of(RankGroup(meeting.processes, meeting, timeout_s=timeout_s))
+    if len(hosts) == 1:
+        return NativeTransport(meeting, timeout_s)
+    if name == "native":
+        meeting.close()
+        raise ConfigError(
+            f"transport: native is for one host, the {meeting.processes} processes are on "
+            f"{len(hosts)}; use transport: auto"
+        )
+    return meeting
+
+
+def _open(name: str, launcher: Launcher, timeout_s: float) -> Transport:
     if name == "mpi":
         from gossamer.runtime.transports.mpi import MPITransport
 
@@ -130,7 +151,10 @@ def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport
 
 
 def transport_name(name: str) -> str:
-    """Return the transport behind ``name`` (``auto`` follows the launcher), opening nothing.
+    """Return what ``name`` means here, opening nothing.
+
+    Returns:
+        A transport's name, or ``auto`` where the processes have to meet before one is chosen.
 
     Raises:
         ConfigError: unknown name, or one that does not fit how the program was started; every
@@ -140,7 +164,9 @@ def transport_name(name: str) -> str:
     if name not in TRANSPORTS:
         raise ConfigError(f"transport: unknown transport '{name}'{nearest(name, TRANSPORTS)}")
     if name == "auto":
-        return {"none": "stacked", "mpi": "mpi"}.get(launcher) or _torch_backend()
+        if launcher == "none":
+            return "stacked"
+        return "nccl" if launcher != "mpi" and _torch_backend() == "nccl" else "auto"
     if name == "stacked" and world_size() > 1:
         raise ConfigError(
             f"transport: stacked runs in one process, but {launcher} started {world_size()}; "
@@ -153,7 +179,7 @@ def transport_name(name: str) -> str:
         )
     if name == "nccl" and not torch.cuda.is_available():
         raise ConfigError("transport: nccl needs a GPU per process, none here; use gloo")
-    if name in ("gloo", "nccl") and launcher == "none":
+    if name in ("native", "gloo", "nccl") and launcher == "none":
         raise ConfigError(
             f"transport: {name} needs several processes; start with torchrun or mpirun, or let "
             "'gossamer run --processes N' start them; one process is transport: stacked"

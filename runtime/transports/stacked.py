@@ -7,6 +7,7 @@ import os
 import torch
 
 from gossamer.runtime import native
+from gossamer.runtime.shared_memory import SharedMemory
 from gossamer.runtime.transports.base import Pending, Transfers
 
 __all__ = ["StackedTransport"]
@@ -23,6 +24,7 @@ class StackedTransport:
     name = "stacked"
     process = 0
     processes = 1
+    shared: SharedMemory | None = None
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)

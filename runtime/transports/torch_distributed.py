@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from gossamer.runtime.errors import CommError, CommTimeout, ConfigError, PeerLost
+from gossamer.runtime.shared_memory import SharedMemory
 from gossamer.runtime.transports.base import Pending, Transfers
 
 __all__ = ["GlooTransport", "NcclTransport", "TorchTransport"]
@@ -57,6 +58,7 @@ class TorchTransport:
     """
 
     name = "gloo"
+    shared: SharedMemory | None = None
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)

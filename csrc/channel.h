@@ -1,0 +1,55 @@
+// Messages from one process to another: a ring of slots in the sender's shared memory.
+//
+// Why nothing half-written is read. The sender writes a slot (and the rows that it points to) and
+// then stores `posted`; the receiver loads `posted` and then reads: the load synchronises with the
+// store. The receiver stores `consumed` after its last read of the slot and the rows, and the
+// sender loads `consumed` before it writes either again. Each counter has one writer. They count
+// modulo 2^32 and are compared by their difference, at most kSlots apart.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace gossamer {
+
+struct Message {
+  static constexpr std::size_t kInlineBytes = 208;
+  static constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
+
+  std::uint64_t total;   // bytes of the whole transfer or row: what the receiver must expect
+  std::uint64_t bytes;   // of this piece
+  std::uint64_t offset;  // where it lies in the sender's segment; kNowhere: in `payload`
+  std::uint64_t stride;  // between rows, where there are several
+  std::uint64_t out;     // all-reduce: where the sender wants its result; kNowhere: cannot say
+  std::uint32_t kind;    // of operation: another one means that processes went apart
+  std::uint32_t rows;
+  std::byte payload[kInlineBytes];
+};
+static_assert(sizeof(Message) == 256);
+
+struct Channel {
+  static constexpr std::uint32_t kSlots = 16;
+
+  alignas(64) std::atomic<std::uint32_t> posted;
+  alignas(64) std::atomic<std::uint32_t> consumed;
+  alignas(64) Message slots[kSlots];
+
+  Message& slot(std::uint32_t number) noexcept { return slots[number % kSlots]; }
+
+  // Message number `number` (from 0) can be read.
+  [[nodiscard]] bool has(std::uint32_t number) const noexcept {
+    return posted.load(std::memory_order_seq_cst) != number;  // never more than one behind
+  }
+  // All of the first `count` messages were read.
+  [[nodiscard]] bool done(std::uint32_t count) const noexcept {
+    const std::uint32_t seen = consumed.load(std::memory_order_seq_cst);
+    return static_cast<std::int32_t>(seen - count) >= 0;
+  }
+  // A message after the first `count` has a slot.
+  [[nodiscard]] bool has_room(std::uint32_t count) const noexcept {
+    return count - consumed.load(std::memory_order_seq_cst) < kSlots;
+  }
+};
+
+}  // namespace gossamer

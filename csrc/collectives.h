@@ -1,0 +1,60 @@
+// What ranks compute together through shared memory: averages over a graph, sums over all ranks.
+//
+// The arithmetic, and so every bit of the result, is that of weighted_sum.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "group.h"
+#include "weighted_sum.h"
+
+namespace gossamer {
+
+// One process's part of a round; the table of rows is its own rows, then the received ones.
+struct AveragePlan {
+  struct Source {
+    std::uint32_t peer;
+    std::vector<std::uint32_t> rows;    // wanted, as rows of the peer's block
+    std::vector<std::uint32_t> staged;  // the same, as places in `staged_rows` of the peer
+  };
+  std::vector<std::uint32_t> targets;      // peers that want rows of this process
+  std::vector<std::uint32_t> staged_rows;  // hosted rows that any of them wants, ascending
+  std::size_t most_staged;                 // rows that any process stages: all cut alike
+  std::vector<Source> sources;             // in the order of their rows in the table
+  std::vector<std::int64_t> indptr, columns;
+  std::vector<double> weights;
+};
+
+struct AverageCall {
+  Rows x, out;  // per hosted rank; may be the same rows
+  std::optional<Rows> addend;
+  double a;
+  std::size_t d;
+  Dtype dtype;
+  int rounds;
+  std::size_t num_threads;
+  double timeout_s;
+};
+
+// out = W^rounds x + a * addend. On failure x is as it was, unless it is also `out` and some of its
+// columns were already averaged.
+Status average(Group& group, const AveragePlan& plan, const AverageCall& call);
+
+struct SumCall {
+  Rows x;                             // per hosted rank
+  std::vector<std::uint32_t> counts;  // rows of each process
+  std::uintptr_t out;                 // one row
+  std::size_t d;
+  Dtype dtype;
+  double divisor;  // 1: none
+  double timeout_s;
+};
+
+// out = the sum of all ranks' rows, added in ascending rank, over the divisor; on every process.
+Status sum(Group& group, const SumCall& call);
+
+}  // namespace gossamer

@@ -1,0 +1,356 @@
+#include "group.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+namespace gossamer {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::uint64_t kMagic = 0x31726d6173736f67;  // "gossamr1"
+constexpr std::uint64_t kPage = 4096;
+constexpr std::uint64_t kStagingBytes = 16 << 20;  // a few pieces of each peer's: stays in cache
+constexpr std::size_t kPieceBytes = 512 << 10;
+constexpr std::size_t kDirectBytes = 16 << 10;  // from here a copy costs more than waiting for the
+                                                // peer to read the row where it lies
+constexpr auto kSlice = std::chrono::milliseconds(50);  // between looks whether a peer still lives
+
+enum State : std::uint32_t { kJoining = 0, kOpen = 1, kClosed = 2, kFailed = 3 };
+
+std::uint64_t round_up(std::uint64_t bytes, std::uint64_t to) { return (bytes + to - 1) / to * to; }
+
+std::string label_of(const JobId& job, std::uint32_t process) {
+  std::string text = "gossamer-" + std::to_string(geteuid()) + "-";
+  for (std::size_t k = 0; k < 4; ++k) {
+    constexpr char kDigits[] = "0123456789abcdef";
+    const auto byte = std::to_integer<unsigned>(job[k]);
+    text += {kDigits[byte >> 4], kDigits[byte & 15]};
+  }
+  return text + "-" + std::to_string(process);
+}
+
+// Processes that share a core give it away sooner: the one they wait for may need it.
+Patience patience_of(std::uint32_t processes, std::uint32_t cores) {
+  if (processes <= cores) return {std::chrono::microseconds(50), 0};
+  return {std::chrono::microseconds(1), 20};
+}
+
+}  // namespace
+
+struct Group::Header {
+  std::uint64_t magic;
+  std::uint32_t process, processes;
+  JobId job;
+  alignas(64) std::atomic<std::uint32_t> state;
+  Bell bell;
+};
+
+Group::Group(const JobId& job, std::uint32_t process, std::uint32_t processes, std::size_t bytes,
+             std::uint32_t cores)
+    : job_(job),
+      process_(process),
+      processes_(processes),
+      patience_(patience_of(processes, cores)),
+      sent_(processes),
+      taken_(processes),
+      staging_begin_(round_up(sizeof(Header), kPage) +
+                     round_up(processes * sizeof(Channel), kPage)),
+      staging_end_(staging_begin_ + kStagingBytes),
+      staging_next_(staging_begin_),
+      arena_(staging_end_, staging_end_ + round_up(bytes, kPage)),
+      sends_(processes),
+      receives_(processes) {
+  own_ = Segment::create(label_of(job, process), staging_end_ + round_up(bytes, kPage));
+  segments_.resize(processes);
+  segments_[process] = own_;
+  Header& own = header(process);  // new memory is zero: every counter starts at 0
+  own.magic = kMagic;
+  own.process = process;
+  own.processes = processes;
+  own.job = job;
+  own.state.store(kOpen, std::memory_order_release);
+}
+
+Group::~Group() { close(); }
+
+void Group::attach(const std::vector<Ticket>& tickets) {
+  if (tickets.size() != processes_) throw std::runtime_error("a ticket per process is needed");
+  for (std::uint32_t p = 0; p < processes_; ++p) {
+    if (p == process_) continue;
+    segments_[p] = Segment::attach(tickets[p]);
+    const Header& other = header(p);
+    if (segments_[p]->size() < sizeof(Header) || other.magic != kMagic || other.job != job_ ||
+        other.process != p || other.processes != processes_) {
+      throw std::runtime_error("process " + std::to_string(p) + " is of another job");
+    }
+  }
+}
+
+std::byte* Group::allocate(std::size_t bytes) {
+  const std::lock_guard lock(arena_mutex_);
+  const auto offset = arena_.take(std::max<std::size_t>(bytes, 1));
+  if (!offset) throw std::bad_alloc();
+  std::memset(own_->data() + *offset, 0, bytes);
+  return own_->data() + *offset;
+}
+
+void Group::release(std::byte* memory) {
+  const std::lock_guard lock(arena_mutex_);
+  arena_.give_back(offset_of(memory));
+}
+
+bool Group::owns(std::uintptr_t address, std::size_t bytes) const noexcept {
+  const auto begin = reinterpret_cast<std::uintptr_t>(own_->data()) + staging_end_;
+  const auto end = reinterpret_cast<std::uintptr_t>(own_->data()) + own_->size();
+  return address >= begin && address + bytes <= end;
+}
+
+void Group::close() {
+  const std::lock_guard lock(mutex_);
+  std::uint32_t open = kOpen;
+  if (!header(process_).state.compare_exchange_strong(open, kClosed)) return;
+  for (std::uint32_t p = 0; p < processes_; ++p) {
+    if (segments_[p]) header(p).bell.ring();
+  }
+}
+
+Group::Header& Group::header(std::uint32_t process) const noexcept {
+  return *reinterpret_cast<Header*>(segments_[process]->data());
+}
+
+Channel& Group::channel(std::uint32_t from, std::uint32_t to) const noexcept {
+  const std::uint64_t first = round_up(sizeof(Header), kPage);
+  return reinterpret_cast<Channel*>(at(from, first))[to];
+}
+
+void Group::post(std::uint32_t peer) noexcept {
+  channel(process_, peer).posted.store(++sent_[peer], std::memory_order_seq_cst);
+  header(peer).bell.ring();
+}
+
+void Group::consume(std::uint32_t peer) noexcept {
+  channel(peer, process_).consumed.store(++taken_[peer], std::memory_order_seq_cst);
+  header(peer).bell.ring();
+}
+
+// --- staging ---------------------------------------------------------------------------------
+
+std::byte* Group::stage(std::size_t bytes) noexcept {
+  const auto read = [&](const Staged& part) {
+    return std::ranges::all_of(
+        part.until, [&](const auto& u) { return channel(process_, u.first).done(u.second); });
+  };
+  while (!staged_.empty() && read(staged_.front())) staged_.pop_front();
+  const std::uint64_t size = round_up(bytes, 64);
+  if (staged_.empty()) staging_next_ = staging_begin_;
+  // In use: from the front part's begin up to staging_next_, around the end.
+  const bool wrapped = !staged_.empty() && staging_next_ <= staged_.front().begin;
+  const std::uint64_t limit = wrapped ? staged_.front().begin : staging_end_;
+  if (staging_next_ + size > limit) {
+    if (wrapped || staged_.empty() || staging_begin_ + size > staged_.front().begin) return nullptr;
+    staging_next_ = staging_begin_;
+  }
+  staged_.push_back({staging_next_, staging_next_ + size, {}});
+  staging_next_ += size;
+  return at(process_, staged_.back().begin);
+}
+
+void Group::stage_until(std::uint32_t peer) noexcept {
+  staged_.back().until.emplace_back(peer, sent_[peer]);
+}
+
+std::uint32_t Group::oldest_reader() const noexcept {
+  for (const Staged& part : staged_) {
+    for (const auto& [peer, count] : part.until) {
+      if (!channel(process_, peer).done(count)) return peer;
+    }
+  }
+  return process_;
+}
+
+// --- waiting ---------------------------------------------------------------------------------
+
+Outcome Group::state_of(std::uint32_t peer) const noexcept {
+  const std::uint32_t state = header(peer).state.load(std::memory_order_acquire);
+  if (state == kClosed) return Outcome::kLeft;
+  if (state == kFailed) return Outcome::kStopped;
+  return segments_[peer]->owner_alive() ? Outcome::kOk : Outcome::kLost;
+}
+
+Status Group::failed(Status status) noexcept {
+  if (!broken_.ok()) return broken_;
+  broken_ = status;
+  header(process_).state.store(kFailed, std::memory_order_seq_cst);
+  for (std::uint32_t p = 0; p < processes_; ++p) {
+    if (p != process_) header(p).bell.ring();
+  }
+  return status;
+}
+
+Status Group::wait_any(double timeout_s, const std::function<bool()>& ready,
+                       const std::function<std::vector<std::uint32_t>()>& peers) {
+  const auto limit = std::chrono::duration_cast<Clock::duration>(
+      std::chrono::duration<double>(std::min(timeout_s, 1e9)));
+  const auto deadline = Clock::now() + limit;
+  Status found;
+  const auto stop = [&] {
+    if (interrupt_) interrupt_();
+    for (const std::uint32_t peer : peers()) {
+      found = {state_of(peer), peer};
+      if (!found.ok()) return true;
+      if (Clock::now() > deadline) found.outcome = Outcome::kTimeout;
+      if (!found.ok()) return true;
+    }
+    return false;
+  };
+  try {
+    const auto slice = std::min<std::chrono::nanoseconds>(kSlice, limit);
+    if (wait_until(header(process_).bell, patience_, slice, ready, stop)) return broken_;
+  } catch (...) {
+    failed({Outcome::kStopped, process_});
+    throw;
+  }
+  return failed(found);
+}
+
+// --- exchanges -------------------------------------------------------------------------------
+
+bool Group::progress_send(Transfer& t) {
+  Channel& out = channel(process_, t.peer);
+  if (!out.has_room(sent_[t.peer])) return false;
+  const std::size_t left = t.bytes - t.moved;
+  Message& message = next_slot(t.peer);
+  message.total = t.bytes;
+  message.kind = 0;
+  message.rows = 1;
+  message.out = Message::kNowhere;
+  if (left <= Message::kInlineBytes) {
+    message.bytes = left;
+    message.offset = Message::kNowhere;
+    if (left > 0) std::memcpy(message.payload, t.data + t.moved, left);
+    post(t.peer);
+    t.moved = t.bytes;
+    t.done = true;
+    return true;
+  }
+  if (left > kDirectBytes && owns(reinterpret_cast<std::uintptr_t>(t.data), t.bytes)) {
+    message.bytes = left;
+    message.offset = offset_of(t.data + t.moved);
+    post(t.peer);
+    t.moved = t.bytes;
+    t.direct = true;
+    t.last = sent_[t.peer];
+    unread_.push_back(&t);
+    return true;
+  }
+  const std::size_t piece = std::min(left, kPieceBytes);
+  std::byte* staged = stage(piece);
+  if (staged == nullptr) return false;
+  std::memcpy(staged, t.data + t.moved, piece);
+  message.bytes = piece;
+  message.offset = offset_of(staged);
+  post(t.peer);
+  stage_until(t.peer);
+  t.moved += piece;
+  t.done = t.moved == t.bytes;
+  return true;
+}
+
+bool Group::progress_receive(Transfer& t) {
+  if (!has_message(t.peer)) return false;
+  const Message& message = incoming(t.peer);
+  if (message.kind != 0 || message.total != t.bytes || message.bytes > t.bytes - t.moved) {
+    failed({Outcome::kMismatch, t.peer});
+    return false;
+  }
+  const std::byte* from =
+      message.offset == Message::kNowhere ? message.payload : at(t.peer, message.offset);
+  if (message.bytes > 0) std::memcpy(t.data + t.moved, from, message.bytes);
+  t.moved += message.bytes;
+  t.done = t.moved == t.bytes;
+  consume(t.peer);
+  return true;
+}
+
+bool Group::progress() {
+  bool moved = false;
+  const auto drain = [&](std::deque<Transfer*>& queue, bool (Group::*step)(Transfer&)) {
+    while (broken_.ok() && !queue.empty() && (this->*step)(*queue.front())) {
+      moved = true;
+      Transfer& t = *queue.front();
+      if (t.done || t.direct) queue.pop_front();
+    }
+  };
+  for (auto& queue : sends_) drain(queue, &Group::progress_send);
+  for (auto& queue : receives_) drain(queue, &Group::progress_receive);
+  std::erase_if(unread_, [&](Transfer* t) {
+    t->done = channel(process_, t->peer).done(t->last);
+    moved |= t->done;
+    return t->done;
+  });
+  return moved;
+}
+
+Exchange::Exchange(std::shared_ptr<Group> group, std::vector<Transfer> sends,
+                   std::vector<Transfer> receives)
+    : group_(std::move(group)), sends_(std::move(sends)), receives_(std::move(receives)) {
+  const std::lock_guard lock(group_->mutex_);
+  for (Transfer& t : receives_) group_->receives_.at(t.peer).push_back(&t);
+  for (Transfer& t : sends_) group_->sends_.at(t.peer).push_back(&t);
+  if (group_->broken_.ok()) group_->progress();
+}
+
+Exchange::~Exchange() {
+  const std::lock_guard lock(group_->mutex_);
+  if (finished()) return;
+  // Its buffers are about to go: what the peers expect can no longer come.
+  group_->failed({Outcome::kStopped, group_->process_});
+  const auto mine = [&](const Transfer* t) {
+    const auto within = [&](const std::vector<Transfer>& all) {
+      return std::ranges::any_of(all, [&](const Transfer& own) { return &own == t; });
+    };
+    return within(sends_) || within(receives_);
+  };
+  for (auto* queues : {&group_->sends_, &group_->receives_}) {
+    for (auto& queue : *queues) std::erase_if(queue, mine);
+  }
+  std::erase_if(group_->unread_, mine);
+}
+
+bool Exchange::finished() const {
+  const auto done = [](const Transfer& t) { return t.done; };
+  return std::ranges::all_of(sends_, done) && std::ranges::all_of(receives_, done);
+}
+
+bool Exchange::test() {
+  const std::lock_guard lock(group_->mutex_);
+  group_->progress();
+  return finished();
+}
+
+Status Exchange::wait(double timeout_s) {
+  const std::lock_guard lock(group_->mutex_);
+  if (!group_->broken_.ok()) return group_->broken_;
+  const auto ready = [&] {
+    group_->progress();
+    return finished() || !group_->broken_.ok();
+  };
+  const auto peers = [&] {
+    std::vector<std::uint32_t> waiting;
+    for (const auto* transfers : {&receives_, &sends_}) {
+      for (const Transfer& t : *transfers) {
+        if (!t.done) waiting.push_back(t.peer);
+      }
+    }
+    return waiting;
+  };
+  return group_->wait_any(timeout_s, ready, peers);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,170 @@
+// The processes of a job on one host, and messages between them through shared memory.
+//
+// Each process owns a segment: a header with its bell, a channel to every other process, a staging
+// area for messages on their way, and an arena in which rows live that peers read without a copy.
+// Every operation waits for the peers it exchanges with, and for no others.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "channel.h"
+#include "event.h"
+#include "segment.h"
+
+namespace gossamer {
+
+enum class Outcome : int {
+  kOk = 0,
+  kTimeout = 1,   // the peer did not answer in time
+  kLost = 2,      // its process has ended
+  kLeft = 3,      // it closed the group
+  kStopped = 4,   // an operation of its own failed
+  kMismatch = 5,  // it is in another operation, or its message has another size
+};
+
+struct Status {
+  Outcome outcome = Outcome::kOk;
+  std::uint32_t peer = 0;
+  [[nodiscard]] bool ok() const noexcept { return outcome == Outcome::kOk; }
+};
+
+class Group;
+
+// One buffer on its way to or from a peer.
+struct Transfer {
+  std::uint32_t peer;
+  std::byte* data;
+  std::size_t bytes;
+  std::size_t moved = 0;   // so far posted, or received
+  std::uint32_t last = 0;  // sends from the arena: number of the message, to be consumed
+  bool direct = false, done = false;
+};
+
+// A batch of transfers; the group moves it on whenever it waits for anything.
+class Exchange {
+ public:
+  Exchange(std::shared_ptr<Group> group, std::vector<Transfer> sends,
+           std::vector<Transfer> receives);
+  ~Exchange();  // unfinished: the group fails, as the peers would wait in vain
+  Exchange(const Exchange&) = delete;
+  Exchange& operator=(const Exchange&) = delete;
+
+  // Until every buffer may be reused. The buffers must live until then.
+  Status wait(double timeout_s);
+  // Moves on what can be; returns whether all is done.
+  bool test();
+
+ private:
+  friend class Group;
+  [[nodiscard]] bool finished() const;
+
+  std::shared_ptr<Group> group_;
+  std::vector<Transfer> sends_, receives_;
+};
+
+class Group : public std::enable_shared_from_this<Group> {
+ public:
+  // `bytes`: of address space for rows; pages take memory when first written. `cores`: what the
+  // processes of the group share, to choose between spinning and sleeping.
+  Group(const JobId& job, std::uint32_t process, std::uint32_t processes, std::size_t bytes,
+        std::uint32_t cores);
+  ~Group();
+
+  [[nodiscard]] const Ticket& ticket() const { return own_->ticket(); }
+  // Opens the segments of all, by process. Throws as Segment::attach() and where one is of another
+  // job.
+  void attach(const std::vector<Ticket>& tickets);
+  // Called between sleeps (at most 50 ms apart), may throw.
+  void set_interrupt(std::function<void()> interrupt) { interrupt_ = std::move(interrupt); }
+
+  // Zeroed memory that peers read without a copy. Throws std::bad_alloc.
+  std::byte* allocate(std::size_t bytes);
+  void release(std::byte* memory);
+  [[nodiscard]] bool owns(std::uintptr_t address, std::size_t bytes) const noexcept;
+
+  // Tells the peers that this process has left; memory stays mapped. May be called twice.
+  void close();
+
+  [[nodiscard]] std::uint32_t process() const noexcept { return process_; }
+  [[nodiscard]] std::uint32_t processes() const noexcept { return processes_; }
+
+ private:
+  friend class Exchange;
+  friend class Collective;  // collectives.cpp
+
+  struct Header;
+  struct Staged {  // a part of the staging area, free when all its messages are consumed
+    std::uint64_t begin, end;
+    std::vector<std::pair<std::uint32_t, std::uint32_t>> until;  // (peer, messages consumed)
+  };
+
+  [[nodiscard]] Header& header(std::uint32_t process) const noexcept;
+  [[nodiscard]] Channel& channel(std::uint32_t from, std::uint32_t to) const noexcept;
+  [[nodiscard]] std::byte* at(std::uint32_t process, std::uint64_t offset) const noexcept {
+    return segments_[process]->data() + offset;
+  }
+  [[nodiscard]] std::uint64_t offset_of(const void* own) const noexcept {
+    return static_cast<const std::byte*>(own) - own_->data();
+  }
+
+  // The next free slot to `peer`, and its sending.
+  Message& next_slot(std::uint32_t peer) noexcept {
+    return channel(process_, peer).slot(sent_[peer]);
+  }
+  void post(std::uint32_t peer) noexcept;
+  // The oldest message from `peer` that was not consumed, and its end.
+  Message& incoming(std::uint32_t peer) noexcept {
+    return channel(peer, process_).slot(taken_[peer]);
+  }
+  [[nodiscard]] bool has_message(std::uint32_t peer) const noexcept {
+    return channel(peer, process_).has(taken_[peer]);
+  }
+  void consume(std::uint32_t peer) noexcept;
+
+  // A part of the staging area, or nullptr while older parts are still being read.
+  std::byte* stage(std::size_t bytes) noexcept;
+  void stage_until(std::uint32_t peer) noexcept;  // the part staged last: until its last message
+  [[nodiscard]] std::uint32_t oldest_reader() const noexcept;
+
+  // Waits for what depends on `peer`. Failures are final: the group is told, so that all stop.
+  template <typename Ready>
+  Status wait(std::uint32_t peer, double timeout_s, Ready&& ready) {
+    if (ready()) return {};
+    return wait_any(timeout_s, ready, [&] { return std::vector{peer}; });
+  }
+  Status wait_any(double timeout_s, const std::function<bool()>& ready,
+                  const std::function<std::vector<std::uint32_t>()>& peers);
+  [[nodiscard]] Outcome state_of(std::uint32_t peer) const noexcept;
+  Status failed(Status status) noexcept;
+
+  bool progress();
+  bool progress_send(Transfer& transfer);
+  bool progress_receive(Transfer& transfer);
+
+  JobId job_;
+  std::uint32_t process_, processes_;
+  Patience patience_;
+  std::shared_ptr<Segment> own_;
+  std::vector<std::shared_ptr<Segment>> segments_;
+  std::vector<std::uint32_t> sent_, taken_;  // messages per peer
+  std::uint64_t staging_begin_, staging_end_, staging_next_;
+  std::deque<Staged> staged_;
+  Arena arena_;
+  std::vector<std::deque<Transfer*>> sends_, receives_;  // per peer, in order
+  std::vector<Transfer*> unread_;                        // sent from the arena, not yet consumed
+  std::function<void()> interrupt_;
+  std::mutex mutex_;        // one operation at a time
+  std::mutex arena_mutex_;  // memory is given back by whatever thread drops a tensor
+  Status broken_;           // the failure that ended this group
+};
+
+}  // namespace gossamer

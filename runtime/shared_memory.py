@@ -1,0 +1,242 @@
+"""Rows in memory that all processes of a host share: collectives without copies.
+
+The compiled group does the work (csrc/group.h says how); here its arguments are checked and its
+failures become errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gossamer.runtime import native
+from gossamer.runtime.errors import CommError, CommTimeout, PeerLost
+from gossamer.runtime.exchange import ExchangePlan
+from gossamer.runtime.native import ALIGNMENT, DTYPES, AveragePlan, Exchange, Group
+from gossamer.runtime.placement import Placement
+
+__all__ = ["SharedMemory", "Ticket", "counts_of"]
+
+
+class Ticket(NamedTuple):
+    """Where a process keeps its shared memory: a file descriptor of a process."""
+
+    pid: int
+    fd: int
+    bytes: int
+
+
+class SharedMemory:
+    """This process's share of a group of processes on one host.
+
+    Attributes:
+        process: this process, 0..processes-1.
+        processes: how many there are.
+    """
+
+    def __init__(self, job: bytes, process: int, processes: int, names: Sequence[int]) -> None:
+        """Reserve address space; nothing is shared before ``attach``.
+
+        Args:
+            job: 16 bytes that no other job has.
+            process: this one's place in the group.
+            processes: how many there are.
+            names: how messages call the processes of the group (their place in the whole run).
+        """
+        self.process, self.processes, self._names = process, processes, tuple(names)
+        cores = len(os.sched_getaffinity(0))
+        self._group: Group = Group.create(job, process, processes, _address_space(), cores)
+
+    @property
+    def ticket(self) -> Ticket:
+        """What the other processes need to attach."""
+        return Ticket(*self._group.ticket)
+
+    def attach(self, tickets: Sequence[Ticket]) -> None:
+        """Open every process's memory.
+
+        Raises:
+            CommError: one is gone, belongs to another user or to another job.
+        """
+        try:
+            self._group.attach(list(tickets))
+        except RuntimeError as error:
+            raise CommError(f"start: {error} (native)") from None
+
+    def alloc(self, local: int, d: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros (local, d) that the peers read in place; each row on a cache line.
+
+        Raises:
+            CommError: the address space is used up.
+        """
+        per = ALIGNMENT // dtype.itemsize
+        stride = -(-d // per) * per
+        try:
+            memory = self._group.allocate(local * stride * dtype.itemsize)
+        except MemoryError:
+            raise CommError(
+                f"alloc: no room for {local} rows of {d} {dtype} in shared memory (native); "
+                f"{_address_space() >> 20} MiB were reserved"
+            ) from None
+        return torch.from_numpy(memory).view(dtype).view(local, stride)[:, :d]
+
+    def exchange(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> Exchange:
+        """Start transfers with peers of the group; contiguous CPU tensors."""
+        return Exchange(self._group, _buffers(sends), _buffers(receives))
+
+    def prepare(self, plan: ExchangePlan) -> AveragePlan:
+        """Compile a round, once."""
+        return AveragePlan.create(
+            [peer for peer, _ in plan.sends],
+            list(plan.staged),
+            plan.most_staged,
+            [
+                (peer, list(rows), list(staged))
+                for (peer, _), rows, staged in zip(
+                    plan.receives, plan.peer_rows, plan.peer_staged, strict=True
+                )
+            ],
+            plan.terms.indptr,
+            plan.terms.columns,
+            plan.terms.weights,
+        )
+
+    def average(
+        self,
+        plan: AveragePlan,
+        x: Tensor,
+        out: Tensor,
+        axpy: tuple[float, Tensor] | None,
+        rounds: int,
+        timeout_s: float,
+    ) -> int:
+        """Average over the graph; returns a status for ``check``.
+
+        Args:
+            plan: of the round.
+            x: (local, d), rows contiguous.
+            out: like ``x``; may be ``x``.
+            axpy: ``(a, y)``, added in the last round.
+            rounds: how often the round is applied.
+            timeout_s: for each wait.
+
+        Raises:
+            ValueError: a dtype or layout that the kernels do not take; nothing was sent.
+        """
+        width, size = x.shape[1], x.itemsize
+        x_stride, out_stride = _row_stride("x", x), _row_stride("out", out)
+        y_at, y_stride, a = 0, 0, 0.0
+        if axpy is not None:
+            a, y = axpy
+            if y.shape != x.shape or y.dtype != x.dtype:
+                raise ValueError(
+                    f"neighbor_average: axpy is {tuple(y.shape)} {y.dtype}, "
+                    f"x {tuple(x.shape)} {x.dtype}"
+                )
+            y_at, y_stride = y.data_ptr(), _row_stride("axpy", y) * size
+        return self._group.average(
+            plan,
+            x.data_ptr(),
+            x_stride * size,
+            out.data_ptr(),
+            out_stride * size,
+            y_at,
+            y_stride,
+            a,
+            width,
+            DTYPES[x.dtype],
+            rounds,
+            native.num_threads(),
+            timeout_s,
+        )
+
+    def sum(
+        self, x: Tensor, out: Tensor, counts: Sequence[int], divisor: float, timeout_s: float
+    ) -> int:
+        """Write the sum of all ranks' rows over ``divisor`` into ``out``; returns a status.
+
+        Args:
+            x: (local, d), rows contiguous, floating point.
+            out: (1, d).
+            counts: rows of each process.
+            divisor: 1 for the sum, n for the mean.
+            timeout_s: for each wait.
+        """
+        return self._group.sum(
+            x.data_ptr(),
+            _row_stride("x", x) * x.itemsize,
+            counts,
+            out.data_ptr(),
+            x.shape[1],
+            DTYPES[x.dtype],
+            divisor,
+            timeout_s,
+        )
+
+    def check(self, status: int, operation: str, timeout_s: float) -> None:
+        """Raise what a status other than 0 stands for.
+
+        Raises:
+            CommTimeout: a peer did not answer in time; names peer and operation.
+            PeerLost: a peer's process is gone, or has stopped; names peer and operation.
+            CommError: a peer is in another operation.
+        """
+        if status == 0:
+            return
+        outcome, peer = status % 8, self._names[status // 8]
+        if outcome == 1:
+            raise CommTimeout(
+                f"{operation}: no answer from process {peer} within {timeout_s:g} s (native)"
+            )
+        if outcome == 5:
+            raise CommError(
+                f"{operation}: process {peer} sent another operation's message, or one of another "
+                "size (native); every process must make the same calls with the same shapes"
+            )
+        reason = {
+            2: "is gone",
+            3: "has left the run",
+            4: "stopped after a failure of its own",
+        }[outcome]
+        raise PeerLost(f"{operation}: process {peer} {reason} (native)")
+
+    def owns(self, x: Tensor) -> bool:
+        """Say whether the peers can read ``x`` in place."""
+        return bool(self._group.owns(x.data_ptr(), x.nbytes))
+
+    def close(self) -> None:
+        """Tell the peers that this process leaves; tensors from ``alloc`` stay valid."""
+        self._group.close()
+
+
+def counts_of(placement: Placement) -> list[int]:
+    """Return how many rows each process holds."""
+    return [len(placement.ranks(p)) for p in range(placement.processes)]
+
+
+def _row_stride(name: str, rows: Tensor) -> int:
+    stride, step = rows.stride()
+    if (step != 1 and rows.shape[1] > 1) or not rows.is_cpu or rows.dtype not in DTYPES:
+        raise ValueError(
+            f"{name}: must be contiguous rows on the CPU of one of {list(DTYPES)}, got strides "
+            f"{rows.stride()} {rows.dtype} on {rows.device}"
+        )
+    return stride
+
+
+def _buffers(transfers: Sequence[tuple[int, Tensor]]) -> list[tuple[int, int, int]]:
+    for _, tensor in transfers:
+        if not tensor.is_cpu or not tensor.is_contiguous():
+            raise ValueError(f"native: needs contiguous CPU tensors, got {tensor.device}")
+    return [(peer, tensor.data_ptr(), tensor.nbytes) for peer, tensor in transfers]
+
+
+def _address_space() -> int:
+    """Return how much to reserve for rows: all the machine's memory; pages cost when written."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
