@@ -253,11 +253,14 @@ def latest(folder: Path) -> Path | None:
 def discard_after(folder: Path, step: int) -> None:
     """Remove the checkpoints in ``folder`` after ``step``: a run that goes on from there is new.
 
+    What a kill left half written or half removed goes too.
+
     Process 0 calls it, newest first: a kill in between leaves a row of checkpoints without a gap.
     """
     for path in reversed(_complete(folder)):
         if int(path.name.removeprefix(_PREFIX)) > step:
             _remove(path)
+    _sweep(folder)
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -347,5 +350,10 @@ def _prune(folder: Path, keep: int) -> None:
     complete = _complete(folder)
     for old in complete[: max(0, len(complete) - keep)]:
         _remove(old)
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a kill left half written or half removed."""
     for stale in folder.glob(f".{_PREFIX}*.partial"):
         shutil.rmtree(stale, ignore_errors=True)

@@ -86,7 +86,9 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
 def test_going_on_from_a_step_discards_what_came_after(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step, keep=5)
+    (tmp_path / ".step-000000001.partial").mkdir()  # a kill while the last one was removed
     discard_after(tmp_path, 1)
+    assert not list(tmp_path.glob("*.partial"))
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
 
 
