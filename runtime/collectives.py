@@ -95,26 +95,59 @@ class RankGroup:
             self._sum_by_slices(x, out)
         return out.div_(self.n) if op == "mean" else out
 
-    def all_gather(self, x: Tensor, *, count: bool = True) -> Tensor:
-        """Return every rank's row in rank order: (local, m) -> (n, m)."""
-        self._count((self.n - 1) * x.shape[1] * x.element_size(), self.n - 1, count)
-        return self._gather_rows(x, "all_gather")
+    def all_gather(self, x: Tensor, *, out: Tensor | None = None, count: bool = True) -> Tensor:
+        """Return every rank's row in rank order.
 
-    def broadcast(self, x: Tensor, root: int = 0, *, count: bool = True) -> Tensor:
-        """Return rank ``root``'s row as (1, m) on every process; x is (local, m)."""
+        Args:
+            x: (local, m), any dtype; kept.
+            out: (n, m), contiguous, where to write; a new tensor when None.
+            count: whether the bytes are the algorithm's.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            ValueError: ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
+        """
+        _check_out("all_gather", out, (self.n, x.shape[1]), x)
+        self._count((self.n - 1) * x.shape[1] * x.element_size(), self.n - 1, count)
+        return self._gather_rows(x, "all_gather", out)
+
+    def broadcast(
+        self, x: Tensor, root: int = 0, *, out: Tensor | None = None, count: bool = True
+    ) -> Tensor:
+        """Return rank ``root``'s row on every process.
+
+        Args:
+            x: (local, m), any dtype; kept, unless it is also ``out``.
+            root: the rank whose row it is.
+            out: (1, m), contiguous, where to write; a new tensor when None. A process of one rank
+                may pass ``x``: its row is replaced, and the root copies nothing.
+            count: whether the bytes are the algorithm's.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            ValueError: ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
+        """
+        _check_out("broadcast", out, (1, x.shape[1]), x)
         owner = int(self.placement.owner(np.asarray(root)))
         bytes_sent = x.shape[1] * x.element_size() * (self.n - 1)
         if root in self.ranks and count:
             self.traffic.bytes_sent[root - self.ranks.start] += bytes_sent
             self.traffic.messages_sent[root - self.ranks.start] += self.n - 1
-        me, others = self.transport.process, self._others()
-        if me == owner:
-            row = x[root - self.ranks.start].contiguous().clone()
-            self._exchange([(p, row) for p in others], [], f"broadcast from rank {root}")
+        if out is None:
+            out = torch.empty(1, x.shape[1], dtype=x.dtype, device=x.device)
+        where = f"broadcast from rank {root}"
+        if self.transport.process == owner:
+            row = x[root - self.ranks.start].contiguous()  # of shared memory: read where it lies
+            self._exchange([(p, row) for p in self._others()], [], where)
+            if out.data_ptr() != row.data_ptr():
+                out[0].copy_(row)
         else:
-            row = torch.empty(x.shape[1], dtype=x.dtype, device=x.device)
-            self._exchange([], [(owner, row)], f"broadcast from rank {root}")
-        return row[None]
+            self._exchange([], [(owner, out[0])], where)
+        return out
 
     def all_to_all(self, x: Tensor, *, count: bool = True) -> Tensor:
         """Return y with ``y[i, j] = x[j, i]``: every rank's part; (local, n, m) both."""
@@ -189,11 +222,12 @@ class RankGroup:
         if count and self.n > 1:
             self.traffic.count(self._each, messages, round(bytes_sent))
 
-    def _gather_rows(self, x: Tensor, operation: str) -> Tensor:
-        if self.transport.processes == 1:
+    def _gather_rows(self, x: Tensor, operation: str, out: Tensor | None = None) -> Tensor:
+        if self.transport.processes == 1 and out is None:
             return x.clone() if operation == "all_gather" else x
         x = x.contiguous()
-        out = torch.empty(self.n, x.shape[1], dtype=x.dtype, device=x.device)
+        if out is None:
+            out = torch.empty(self.n, x.shape[1], dtype=x.dtype, device=x.device)
         out[self.ranks.start : self.ranks.stop] = x
         receives = []
         for p in self._others():
@@ -250,6 +284,16 @@ class RankGroup:
                 size, dtype=like.dtype, device=like.device
             )
         return kept
+
+
+def _check_out(operation: str, out: Tensor | None, shape: tuple[int, int], x: Tensor) -> None:
+    if out is None:
+        return
+    if out.shape != shape or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"{operation}: out must be {shape} {x.dtype}, contiguous, got {tuple(out.shape)} "
+            f"{out.dtype} with strides {out.stride()}"
+        )
 
 
 def _sum_rows(blocks: Sequence[Tensor], out: Tensor | None = None) -> Tensor:

@@ -1,9 +1,9 @@
-"""The communicator under mpirun against the stacked one."""
+"""The communicator under mpirun, over MPI and over shared memory, against the stacked one."""
 
 import pytest
 import torch
 
-from gossamer.runtime import Communicator, StackedTransport
+from gossamer.runtime import Communicator, StackedTransport, open_transport
 from gossamer.topologies import build
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -12,12 +12,11 @@ N = 6
 GRAPHS = ["ring", "exponential", "one_peer_exponential", "star", "complete", "directed_ring"]
 
 
-@pytest.fixture(scope="module")
-def transport():
-    """One transport for all tests: MPI starts once."""
-    from gossamer.runtime.transports.mpi import MPITransport
-
-    opened = MPITransport()
+@pytest.fixture(scope="module", params=["mpi", "native"])
+def transport(request):
+    """One transport for all tests."""
+    opened = open_transport(request.param, timeout_s=60)
+    assert opened.name == request.param
     yield opened
     opened.close()
 
@@ -66,10 +65,52 @@ def test_the_other_collectives_match(transport):
     mine = full[here].contiguous()
     assert torch.equal(comm.all_gather(mine), full)
     assert torch.equal(comm.broadcast(mine, root=4), full[4:5])
+    rows, row = torch.empty_like(full), torch.empty_like(full[:1])
+    assert comm.all_gather(mine, out=rows) is rows
+    assert comm.broadcast(mine, root=4, out=row) is row
+    assert torch.equal(rows, full)
+    assert torch.equal(row, full[4:5])
     assert torch.equal(comm.reduce_scatter(mine), stacked.reduce_scatter(full)[here])
     parts = comm.all_to_all(mine.view(-1, N, 5))
     assert torch.equal(parts, full.view(N, N, 5).transpose(0, 1)[here])
     comm.barrier()
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_messages_of_different_lengths_arrive_whole(graph, transport):
+    comm, stacked, _, _ = pair(graph, transport)
+    full = [torch.arange(rank * rank * 1000.0) + rank for rank in range(N)]  # rank 0's is empty
+    expected = stacked.neighbor_gather_ragged(full)
+    for _ in range(3):
+        messages = comm.neighbor_gather_ragged([full[rank] for rank in comm.ranks])
+        assert len(messages.values) == len(messages.source)
+        for value, source in zip(messages.values, messages.source.tolist(), strict=True):
+            assert torch.equal(value, full[source])
+    mine = (expected.target >= comm.ranks.start) & (expected.target < comm.ranks.stop)
+    assert torch.equal(messages.source, expected.source[mine])
+    here = slice(comm.ranks.start, comm.ranks.stop)
+    assert comm.traffic.bytes_sent.tolist() == (3 * stacked.traffic.bytes_sent[here]).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("elements", [1, 53, 40_000, 300_001])
+def test_rows_of_every_size_and_dtype_match_the_stacked_bits(elements, dtype, transport):
+    comm, stacked, _, _ = pair("exponential", transport)
+    full = stacked.random("w").normal_(torch.empty(N, elements)).to(dtype)
+    here = slice(comm.ranks.start, comm.ranks.stop)
+    x, out = comm.alloc(elements, dtype), comm.alloc(elements, dtype)
+    x.copy_(full[here])
+    expected = stacked.neighbor_average(full, rounds=2, axpy=(0.25, full))
+    for source in (x, x.clone()):  # in the transport's memory, and not
+        kept = source.clone()
+        for target in (out, None):
+            got = comm.neighbor_average(source, out=target, rounds=2, axpy=(0.25, source))
+            assert torch.equal(got, expected[here])
+            assert torch.equal(source, kept)
+        total = comm.all_reduce(source, "mean", out=out[:1])
+        assert torch.equal(total, stacked.all_reduce(full, "mean"))
+    comm.neighbor_average(x, out=x)
+    assert torch.equal(x, stacked.neighbor_average(full)[here])
 
 
 def test_gathered_messages_carry_source_target_and_weight(transport):

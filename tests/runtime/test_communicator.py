@@ -128,6 +128,27 @@ def test_collectives_are_what_their_names_say(n, m):
     assert torch.equal(comm.all_to_all(cube), cube.transpose(0, 1))
 
 
+def test_collectives_write_where_they_are_told():
+    comm = stacked()
+    x = comm.random("x").normal_(comm.alloc(5))
+    rows, row = torch.empty(8, 5), torch.empty(1, 5)
+    assert comm.all_gather(x, out=rows) is rows
+    assert torch.equal(rows, x)
+    assert comm.broadcast(x, root=3, out=row) is row
+    assert torch.equal(row, x[3:4])
+
+
+@pytest.mark.parametrize(
+    "out", [torch.empty(3, 5), torch.empty(8, 5).double(), torch.empty(5, 8).T]
+)
+def test_an_output_that_does_not_fit_a_collective_is_refused(out):
+    comm = stacked()
+    with pytest.raises(ValueError, match="all_gather: out must be"):
+        comm.all_gather(comm.alloc(5), out=out)
+    with pytest.raises(ValueError, match="broadcast: out must be"):
+        comm.broadcast(comm.alloc(5), out=out)
+
+
 def test_metrics_do_not_count_as_the_runs_bytes():
     comm = stacked()
     comm.all_reduce(comm.alloc(10), count=False)
