@@ -13,6 +13,7 @@
 
 #include "bind_group.h"
 #include "philox.h"
+#include "triad.h"
 #include "weighted_sum.h"
 
 namespace nb = nanobind;
@@ -156,4 +157,13 @@ NB_MODULE(_C, m) {
                   : fill(distribution, pointer<float>(out), n, begin, stream);
       },
       "kind"_a, "out"_a, "n"_a, "begin"_a, "is_double"_a, "key"_a, "c1"_a, "c2"_a, "c3"_a);
+  m.def(
+      "triad",
+      [](std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, double factor, std::size_t n,
+         bool stream) {
+        nb::gil_scoped_release release;
+        gossamer::triad(pointer<double>(a), pointer<double>(b), pointer<double>(c), factor, n,
+                        stream);
+      },
+      "a"_a, "b"_a, "c"_a, "factor"_a, "n"_a, "stream"_a);
 }

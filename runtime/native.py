@@ -31,6 +31,7 @@ __all__ = [
     "fill_words",
     "num_threads",
     "row_dot",
+    "triad",
     "use_threads",
     "weighted_sum",
 ]
@@ -244,6 +245,27 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], 1, dtype=torch.float64)
     _C.row_dot(a, b, x.shape[1], DTYPES[x.dtype], out.data_ptr(), num_threads())
     return out
+
+
+def triad(a: Tensor, b: Tensor, c: Tensor, factor: float, *, stream: bool) -> None:
+    """Write ``a = b + factor * c`` on this thread: what the speed of memory is measured with.
+
+    Args:
+        a: (m,) float64, contiguous, on the CPU; overlaps neither ``b`` nor ``c``.
+        b: like ``a``.
+        c: like ``a``.
+        factor: of ``c``.
+        stream: write past the caches.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or memory layouts do not fit.
+    """
+    for array in (a, b, c):
+        if array.dtype != torch.float64 or not array.is_cpu or not array.is_contiguous():
+            raise ValueError(f"triad: needs contiguous float64 on the CPU, got {array.dtype}")
+        if array.shape != a.shape or array.dim() != 1:
+            raise ValueError(f"triad: shapes {tuple(a.shape)} and {tuple(array.shape)}")
+    _C.triad(a.data_ptr(), b.data_ptr(), c.data_ptr(), factor, len(a), stream)
 
 
 def fill(

@@ -360,3 +360,14 @@ def test_the_committed_stub_is_what_the_module_says(tmp_path):
 
 def test_build_info_names_the_instruction_set():
     assert native.build_info()["instruction_set"] in ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("m", [0, 1, 2, 1001])
+def test_the_triad_adds_a_multiple(m, stream):
+    b, c = torch.arange(m, dtype=torch.float64), torch.ones(m, dtype=torch.float64)
+    a = torch.full((m,), -1.0, dtype=torch.float64)
+    native.triad(a, b, c, 3.0, stream=stream)
+    assert torch.equal(a, b + 3)  # integers: exact
+    with pytest.raises(ValueError, match="float64"):
+        native.triad(a, b, c.float(), 3.0, stream=stream)
