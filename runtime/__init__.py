@@ -1,7 +1,8 @@
 """Communicator, transports, flat rows, random numbers, the loop, checkpoints."""
 
-from gossamer.runtime.communicator import Communicator, Messages, Work
+from gossamer.runtime.communicator import Communicator, Work
 from gossamer.runtime.errors import CommError, CommTimeout, ConfigError, PeerLost, RoundMismatch
+from gossamer.runtime.messages import Messages, RaggedMessages
 from gossamer.runtime.random import Random, Stream
 from gossamer.runtime.rows import RowLayout, combine, row_dot, row_norm
 from gossamer.runtime.transports import Transport, open_transport
@@ -14,6 +15,7 @@ __all__ = [
     "ConfigError",
     "Messages",
     "PeerLost",
+    "RaggedMessages",
     "Random",
     "RoundMismatch",
     "RowLayout",

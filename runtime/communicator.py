@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -20,13 +19,14 @@ from torch import Tensor
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.errors import RoundMismatch
 from gossamer.runtime.exchange import ExchangePlan, plan_exchange
-from gossamer.runtime.native import AveragePlan, Terms, weighted_sum
+from gossamer.runtime.messages import Messages, RaggedMessages
+from gossamer.runtime.native import AveragePlan, weighted_sum
 from gossamer.runtime.random import Random, Stream
 from gossamer.runtime.rows import empty_rows
 from gossamer.runtime.transports.base import Transport
 from gossamer.topologies import Topology
 
-__all__ = ["Communicator", "Messages", "Work"]
+__all__ = ["Communicator", "Work"]
 
 T = TypeVar("T")
 
@@ -48,35 +48,6 @@ class Work(Generic[T]):
     def done(self) -> bool:
         """Say whether ``wait`` would return at once."""
         return self._future.done()
-
-
-@dataclass(frozen=True)
-class Messages:
-    """Neighbours' rows, kept apart: one per in-edge of the hosted ranks, by target then source.
-
-    Attributes:
-        values: (edges, m), what the neighbour sent.
-        source: int64 (edges,), the neighbour's rank.
-        target: int64 (edges,), the hosted row that received it.
-        weight: float64 (edges,), W(t)[target, source].
-    """
-
-    values: Tensor
-    source: Tensor
-    target: Tensor
-    weight: Tensor
-
-    def weighted_sum(self, values: Tensor, out: Tensor) -> Tensor:
-        """Write ``out[i] = sum over edges into i of weight * values[edge]``, ascending source.
-
-        Args:
-            values: (edges, d), what became of ``self.values`` (decoded, clipped, ...).
-            out: (local, d).
-        """
-        counts = np.bincount(self.target.numpy(), minlength=out.shape[0])
-        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        columns = np.arange(len(self.target), dtype=np.int64)
-        return weighted_sum([values], Terms(indptr, columns, self.weight.numpy()), out)
 
 
 class Communicator(RankGroup):
@@ -219,6 +190,32 @@ class Communicator(RankGroup):
             weight=torch.from_numpy(plan.weights.copy()),
         )
 
+    def neighbor_gather_ragged(self, rows: Sequence[Tensor]) -> RaggedMessages:
+        """Return the messages that each hosted rank receives in round t, each of its own length.
+
+        For compression whose size depends on the values. The lengths travel first: 8 bytes more
+        per message, which are counted.
+
+        Args:
+            rows: one per hosted rank, (m_i,) contiguous, of one dtype on every rank; m_i may be 0.
+        """
+        plan = self._plan_now()
+        self._settle()
+        lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
+        sizes = 8 + lengths.flatten().numpy(force=True) * rows[0].itemsize
+        self.traffic.messages_sent[:] += plan.degree
+        self.traffic.bytes_sent[:] += plan.degree * sizes
+        coming = self._receive(plan, lengths, "neighbor_gather_ragged").flatten().tolist()
+        received = [rows[0].new_empty(length) for length in coming]
+        self._transfer(plan, rows, received, "neighbor_gather_ragged")
+        table = [*rows, *received]
+        return RaggedMessages(
+            values=[table[column] for column in plan.columns],
+            source=torch.from_numpy(plan.sources.astype(np.int64)),
+            target=torch.from_numpy(plan.targets),
+            weight=torch.from_numpy(plan.weights.copy()),
+        )
+
     # --- memory and random numbers ----------------------------------------------------------
 
     def alloc(self, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -332,9 +329,20 @@ class Communicator(RankGroup):
     def _receive(self, plan: ExchangePlan, x: Tensor, operation: str) -> Tensor:
         """Return the rows of other processes that the plan asks for, (num_received, m)."""
         received = self._buffer(plan.num_received, x)
+        self._transfer(plan, x, received, operation)
+        return received
+
+    def _transfer(
+        self,
+        plan: ExchangePlan,
+        rows: Tensor | Sequence[Tensor],
+        received: Tensor | Sequence[Tensor],
+        operation: str,
+    ) -> None:
+        """Fill ``received``, in the plan's order, with rows of other processes."""
         if not plan.sends and not plan.receives:
-            return received
-        sends = [(peer, x[row]) for peer, rows in plan.sends for row in rows]
+            return
+        sends = [(peer, rows[row]) for peer, wanted in plan.sends for row in wanted]
         receives, at = [], 0
         for peer, count in plan.receives:
             receives += [(peer, received[k]) for k in range(at, at + count)]
@@ -342,7 +350,6 @@ class Communicator(RankGroup):
         with self.traffic.span("wait", operation, self.step):
             pending = self.transport.exchange(sends, receives, self._where(operation))
             pending.wait(self.timeout_s)
-        return received
 
     def _where(self, operation: str) -> str:
         return f"step {self.step}: {operation} (round {self.round})"
