@@ -69,6 +69,13 @@ class Collective {
     const Message& m = g_.incoming(peer);
     return m.offset == Message::kNowhere ? m.payload : g_.at(peer, m.offset);
   }
+  // A peer whose call failed (it lost patience with this process, say) may write its rows again
+  // although they were not read: what was just read from them does not count.
+  Status still_whole(std::uint32_t peer) {
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (!g_.has_failed(peer)) return {};
+    return g_.failed(g_.root_of({Outcome::kStopped, peer}));
+  }
   Status until_read(std::uint32_t peer) {
     const std::uint32_t count = g_.sent_[peer];
     return g_.wait(peer, timeout_s_,
@@ -197,6 +204,7 @@ Status Collective::average_once(const AveragePlan& plan, const AverageCall& call
     }
     add_up(plan, call, x, addend, i * width, piece_of(i));
     for (const auto& source : plan.sources) {
+      if (const Status s = still_whole(source.peer); !s.ok()) return s;
       if (g_.incoming(source.peer).out != kWhere || i + 1 == pieces) g_.consume(source.peer);
     }
   }
@@ -402,10 +410,12 @@ Status Collective::sum_direct(const SumCall& call, bool& agreed) {
       }
     }
   }
-  each_peer([&](std::uint32_t p) {
-    g_.consume(p);
-    return Status{};
+  const Status read = each_peer([&](std::uint32_t p) {
+    const Status whole = still_whole(p);
+    if (whole.ok()) g_.consume(p);
+    return whole;
   });
+  if (!read.ok()) return read;
   // Read by all: x is free, and what they had to write into the result is there.
   return each_peer([&](std::uint32_t p) { return until_read(p); });
 }

@@ -183,6 +183,17 @@ Outcome Group::state_of(std::uint32_t peer) const noexcept {
   return segments_[peer]->owner_alive() ? Outcome::kOk : Outcome::kLost;
 }
 
+bool Group::has_failed(std::uint32_t peer) const noexcept {
+  return header(peer).state.load(std::memory_order_acquire) == kFailed;
+}
+
+Status Group::root_of(Status stopped) const noexcept {
+  for (std::uint32_t p = 0; p < processes_; ++p) {
+    if (!segments_[p]->owner_alive()) return {Outcome::kLost, p};
+  }
+  return stopped;
+}
+
 Status Group::failed(Status status) noexcept {
   if (!broken_.ok()) return broken_;
   broken_ = status;
@@ -203,6 +214,7 @@ Status Group::wait_any(double timeout_s, const std::function<bool()>& ready,
     if (interrupt_) interrupt_();
     for (const std::uint32_t peer : peers()) {
       found = {state_of(peer), peer};
+      if (found.outcome == Outcome::kStopped) found = root_of(found);
       if (!found.ok()) return true;
       if (Clock::now() > deadline) found.outcome = Outcome::kTimeout;
       if (!found.ok()) return true;
@@ -328,10 +340,28 @@ bool Exchange::finished() const {
   return std::ranges::all_of(sends_, done) && std::ranges::all_of(receives_, done);
 }
 
-bool Exchange::test() {
+std::vector<std::uint32_t> Exchange::waiting_for() const {
+  std::vector<std::uint32_t> peers;
+  for (const auto* transfers : {&receives_, &sends_}) {
+    for (const Transfer& t : *transfers) {
+      if (!t.done) peers.push_back(t.peer);
+    }
+  }
+  return peers;
+}
+
+std::optional<Status> Exchange::test() {
   const std::lock_guard lock(group_->mutex_);
-  group_->progress();
-  return finished();
+  for (const std::uint32_t peer : waiting_for()) {
+    // Looked at first: what a peer sent before it ended is still taken below.
+    const Outcome state = group_->state_of(peer);
+    if (group_->broken_.ok()) group_->progress();
+    if (finished()) break;
+    if (!group_->broken_.ok()) return group_->broken_;
+    if (state != Outcome::kOk) return group_->failed({state, peer});
+  }
+  if (finished()) return Status{};
+  return std::nullopt;
 }
 
 Status Exchange::wait(double timeout_s) {
@@ -341,16 +371,7 @@ Status Exchange::wait(double timeout_s) {
     group_->progress();
     return finished() || !group_->broken_.ok();
   };
-  const auto peers = [&] {
-    std::vector<std::uint32_t> waiting;
-    for (const auto* transfers : {&receives_, &sends_}) {
-      for (const Transfer& t : *transfers) {
-        if (!t.done) waiting.push_back(t.peer);
-      }
-    }
-    return waiting;
-  };
-  return group_->wait_any(timeout_s, ready, peers);
+  return group_->wait_any(timeout_s, ready, [&] { return waiting_for(); });
 }
 
 }  // namespace gossamer

@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -60,12 +61,14 @@ class Exchange {
 
   // Until every buffer may be reused. The buffers must live until then.
   Status wait(double timeout_s);
-  // Moves on what can be; returns whether all is done.
-  bool test();
+  // Moves on what can be, without waiting. Returns nothing while transfers are on their way, then
+  // what wait() would.
+  std::optional<Status> test();
 
  private:
   friend class Group;
   [[nodiscard]] bool finished() const;
+  [[nodiscard]] std::vector<std::uint32_t> waiting_for() const;
 
   std::shared_ptr<Group> group_;
   std::vector<Transfer> sends_, receives_;
@@ -144,6 +147,9 @@ class Group : public std::enable_shared_from_this<Group> {
   Status wait_any(double timeout_s, const std::function<bool()>& ready,
                   const std::function<std::vector<std::uint32_t>()>& peers);
   [[nodiscard]] Outcome state_of(std::uint32_t peer) const noexcept;
+  [[nodiscard]] bool has_failed(std::uint32_t peer) const noexcept;
+  // A peer that stopped by itself often lost another: that one, where its process has ended.
+  [[nodiscard]] Status root_of(Status stopped) const noexcept;
   Status failed(Status status) noexcept;
 
   bool progress();
