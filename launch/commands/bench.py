@@ -20,56 +20,69 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 
 @app.command()
-def gossip(
+def collectives(
     ranks: Annotated[str, typer.Option(help="Numbers of processes, by commas.")] = "2,4,8",
-    transports: Annotated[str, typer.Option(help="gloo, mpi or both, by commas.")] = "gloo,mpi",
     operations: Annotated[
-        str, typer.Option(help="Topologies by name, or all_reduce, by commas.")
-    ] = "ring,exponential,all_reduce",
+        str,
+        typer.Option(help="Topologies by name, all_reduce, broadcast, all_gather, by commas."),
+    ] = "ring,exponential,complete,all_reduce,broadcast,all_gather",
+    transport: Annotated[str, typer.Option(help="Ours: native, gloo, mpi or nccl.")] = "native",
     min_bytes: MinBytes = "8",
     max_bytes: MaxBytes = "8M",
     factor: Factor = 32,
     iters: Iters = 20,
     warmup: Warmup = 3,
-    dtype: Dtype = "float32",
+    dtypes: Annotated[str, typer.Option(help="Of the rows, by commas.")] = "float32,bfloat16",
     as_json: Json = False,
 ) -> int:
-    """Averages over graphs and all-reduce, against plain torch.distributed and mpi4py.
+    """Averages over graphs and collectives, against plain gloo, plain mpi4py and memory's limit.
 
-    Starts its own processes; under torchrun, mpirun or srun it uses those. A full sweep:
-    --max-bytes 256M --factor 2.
+    Starts its own processes with mpirun; under mpirun or torchrun (then without plain MPI) it uses
+    those. A full sweep: --max-bytes 256M --factor 2.
     """
     from rich.console import Console
 
-    from gossamer.launch.bench.gossip import GossipRequest
-    from gossamer.launch.bench.gossip import gossip as measure
+    from gossamer.launch.bench.collectives import CollectivesRequest
+    from gossamer.launch.bench.collectives import collectives as measure
+    from gossamer.launch.bench.limit import FORMULAS
     from gossamer.launch.bench.measure import Options, parse_bytes, print_rows, text, text_spread
 
-    options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
-    request = GossipRequest(
-        transports.split(","), _integers("--ranks", ranks, 2), operations.split(","), options
+    sizes = parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup
+    sweeps = [Options(*sizes, dtype) for dtype in dtypes.split(",")]
+    request = CollectivesRequest(
+        transport, _integers("--ranks", ranks, 2), operations.split(","), sweeps
     )
     with Console(stderr=True).status("") as status:
-        rows = measure(request, status.update)
-    if rows is None:
+        found = measure(request, status.update)
+    if found is None:
         return 0
     print_rows(
-        rows,
+        found["rows"],
         {
-            "transport": text("transport"),
             "operation": text("operation"),
-            "ranks": text("ranks"),
+            "n": text("ranks"),
+            "dtype": text("dtype"),
             "bytes": text("bytes"),
-            "us (p10-p90)": text_spread("us", 0),
-            "algbw GB/s": text("algbw_gbps", "{:.3f}"),
-            "busbw GB/s": text("busbw_gbps", "{:.3f}"),
-            "baseline": text("baseline"),
-            "its us (p10-p90)": text_spread("baseline_us", 0),
-            "its us / ours": text("ratio", "{:.2f}"),
+            "us (p10-p90)": text_spread("us", 1),
+            "MPI us": text("mpi_us", "{:.1f}"),
+            "/ ours": text("mpi_ratio", "{:.2f}"),
+            "gloo us": text("torch_us", "{:.1f}"),
+            "/ ours ": text("torch_ratio", "{:.2f}"),
+            "limit us": text("limit_us", "{:.1f}"),
+            "share": text("share", "{:.0%}"),
         },
-        title="gossip",
+        title="collectives",
         as_json=as_json,
+        extra={"skipped": found["skipped"]},
     )
+    if not as_json:
+        speeds = {row["ranks"]: row["triad_gbps"] for row in found["rows"] if row["triad_gbps"]}
+        typer.echo(
+            "limit: the bytes that must move over the speed of a triad in all processes at once: "
+            + ", ".join(f"{gbps:.1f} GB/s with {n}" for n, gbps in speeds.items())
+        )
+        for line in (*FORMULAS, *(f"left out: {what}" for what in found["skipped"])):
+            typer.echo(f"  {line}")
     return 0
 
 

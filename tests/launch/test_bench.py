@@ -5,10 +5,12 @@ import sys
 
 import pytest
 
+from gossamer.launch.bench.limit import bytes_to_move
 from gossamer.launch.bench.measure import Options, interleave, parse_bytes, print_rows, spread, text
 from gossamer.launch.bench.simulate import fit, simulate
 from gossamer.runtime import native
 from gossamer.runtime.errors import ConfigError
+from gossamer.topologies import build
 
 TINY = Options(min_bytes=64, max_bytes=4096, factor=8, iters=3, warmup=1, dtype="float32")
 
@@ -137,36 +139,57 @@ def test_the_command_prints_json():
     assert document["rows"][0]["d"] == 10_000
 
 
-@pytest.mark.parametrize(  # pytest-mpi takes a bare "mpi" for its mark
-    "transport", ["gloo", "mpi"], ids=["over_gloo", "over_mpi"]
-)
-def test_gossip_checks_and_times_both_ways(transport):
-    if transport == "mpi":
-        pytest.importorskip("mpi4py")
+def test_collectives_checks_and_times_all_ways_in_one_run():
+    pytest.importorskip("mpi4py")
+    operations = ["ring", "complete", "all_reduce", "broadcast", "all_gather"]
     status, out, err = bench(
-        *("gossip", f"--transports={transport}", "--ranks=2", "--operations=ring,all_reduce"),
-        *("--max-bytes=2K", "--factor=256", "--iters=2", "--warmup=0", "--json"),
+        *("collectives", "--ranks=2", f"--operations={','.join(operations)}", "--json"),
+        *("--max-bytes=2K", "--factor=256", "--iters=2", "--warmup=0"),
     )
     assert status == 0, err
-    rows = json.loads(out)["rows"]
-    assert [(r["operation"], r["bytes"]) for r in rows] == [
-        ("ring", 8),
-        ("ring", 2048),
-        ("all_reduce", 8),
-        ("all_reduce", 2048),
+    document = json.loads(out)
+    assert document["skipped"] == []
+    assert [(r["dtype"], r["operation"], r["bytes"]) for r in document["rows"]] == [
+        (dtype, operation, size)
+        for dtype in ("float32", "bfloat16")
+        for operation in operations
+        for size in (8, 2048)
     ]
-    for row in rows:
-        assert row["transport"] == transport
-        assert row["ranks"] == 2
-        assert row["ratio"] == pytest.approx(row["baseline_us"] / row["us"])
+    for row in document["rows"]:
+        assert (row["transport"], row["ranks"]) == ("native", 2)
         assert row["us_p10"] <= row["us"] <= row["us_p90"]
+        assert row["torch_ratio"] == pytest.approx(row["torch_us"] / row["us"])
+        no_sum = row["operation"] == "all_reduce" and row["dtype"] == "bfloat16"
+        assert (row["mpi_us"] is None) == no_sum  # Open MPI has none
+        assert row["share"] == pytest.approx(row["limit_us"] / row["us"])
+        seconds = row["bytes_to_move"] / (1e9 * row["triad_gbps"])
+        assert row["limit_us"] == pytest.approx(1e6 * seconds)
+
+
+def test_collectives_over_another_transport():
+    pytest.importorskip("mpi4py")
+    status, out, err = bench(
+        *("collectives", "--ranks=2", "--transport=gloo", "--operations=ring", "--json"),
+        *("--dtypes=float32", "--max-bytes=8", "--iters=2", "--warmup=0"),
+    )
+    assert status == 0, err
+    assert [row["transport"] for row in json.loads(out)["rows"]] == ["gloo"]
+
+
+def test_what_must_move_counts_rows_read_and_written():
+    ring, directed = build("ring", 4).round(0), build("directed_ring", 4).round(0)
+    assert bytes_to_move("average", 4, ring, 10) == 4 * (2 + 2) * 10
+    assert bytes_to_move("average", 4, directed, 10) == 4 * (1 + 2) * 10
+    assert bytes_to_move("all_reduce", 4, ring, 10) == 2 * 4 * 10
+    assert bytes_to_move("broadcast", 4, ring, 10) == 2 * 3 * 10
+    assert bytes_to_move("all_gather", 4, ring, 10) == 2 * 16 * 10
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gossip", "--ranks=1"], "--ranks: '1' must be numbers of at least 2"),
-        (["gossip", "--transports=nccl"], "'nccl' cannot be started here"),
+        (["collectives", "--ranks=1"], "--ranks: '1' must be numbers of at least 2"),
+        (["collectives", "--dtypes=int8"], "--dtype: unknown dtype 'int8'"),
         (["simulate", "--graphs=rign"], "rign"),
         (["simulate", "--min-bytes=many"], "'many' is not a size"),
     ],
