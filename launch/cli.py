@@ -39,7 +39,9 @@ def run(
     file: Annotated[Path | None, typer.Argument(help="YAML; not needed with --resume.")] = None,
     settings: Overrides = None,
     ranks: Annotated[int | None, typer.Option(help="Nodes of the graph.")] = None,
-    transport: Annotated[str | None, typer.Option(help="auto, stacked, mpi, gloo or nccl.")] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="auto, stacked, native, mpi, gloo, nccl or hybrid.")
+    ] = None,
     processes: Annotated[int | None, typer.Option(help="Local processes to start.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write [runs/NAME-001].")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run or checkpoint to continue.")] = None,

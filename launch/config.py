@@ -51,7 +51,7 @@ class RunConfig(Component):
     """Steps to run; one step is one round."""
     seed: Int = 0
     """Of every counted random number."""
-    transport: Literal["auto", "stacked", "mpi", "gloo", "nccl"] = "auto"
+    transport: Literal["auto", "stacked", "native", "mpi", "gloo", "nccl", "hybrid"] = "auto"
     """How bytes move; auto follows how the program was started."""
     processes: Annotated[Int, Field(ge=1)] | None = None
     """Local processes to start when nothing launched the program; default: 1."""

@@ -19,11 +19,13 @@ from torch import Tensor
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.errors import RoundMismatch
 from gossamer.runtime.exchange import ExchangePlan, plan_exchange
+from gossamer.runtime.hierarchical import ShardedPlan, machine_of
 from gossamer.runtime.messages import Messages, RaggedMessages
 from gossamer.runtime.native import AveragePlan, weighted_sum
 from gossamer.runtime.random import Random, Stream
 from gossamer.runtime.rows import empty_rows
 from gossamer.runtime.transports.base import Transport
+from gossamer.runtime.transports.hybrid import HybridTransport
 from gossamer.topologies import Topology
 
 __all__ = ["Communicator", "Work"]
@@ -97,6 +99,9 @@ class Communicator(RankGroup):
         self.round = 0
         self.steps = steps
         self.seed = Random(seed)
+        inside = transport.inside if isinstance(transport, HybridTransport) else transport
+        self._memory = inside.shared
+        self._machine = machine_of(topology, transport, self.placement, self.traffic, timeout_s)
         self._check_rounds = check_rounds and transport.processes > 1
         self._plans = lru_cache(maxsize=max(64, topology.period or 0))(self._plan)
         self._compiled_plans: dict[int, tuple[ExchangePlan, AveragePlan]] = {}
@@ -124,6 +129,10 @@ class Communicator(RankGroup):
         Sends one message of d elements per edge; t is advanced by the loop, not here. Terms are
         added own row first, then in ascending rank, in float32 (float64 for float64 rows), so the
         bits do not depend on the transport. One call at a time.
+
+        Where the machines of a hierarchical topology are the hosts of a ``hybrid`` transport, the
+        average is sharded (``gossamer.runtime.hierarchical``): equal to rounding, and fewer bytes
+        between hosts; what is counted as sent stays that of the edges.
 
         Args:
             x: (local, d), rows contiguous; kept unless it is also ``out``.
@@ -220,8 +229,8 @@ class Communicator(RankGroup):
 
     def alloc(self, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return zeros (local, d) where the transport reads rows without copies."""
-        if self._shared is not None:
-            return self._shared.alloc(self.local, d, dtype)
+        if self._memory is not None:
+            return self._memory.alloc(self.local, d, dtype)
         return empty_rows(self.local, d, dtype, self.device)
 
     def random(self, name: str, *, ids: Iterable[int] | None = None, draw: int = 0) -> Stream:
@@ -273,7 +282,8 @@ class Communicator(RankGroup):
 
     def _plan(self, t: int) -> ExchangePlan:
         self._agree_on_round(t)
-        return plan_exchange(self.topology.round(t), self.placement, self.transport.process)
+        plan = plan_exchange(self.topology.round(t), self.placement, self.transport.process)
+        return plan if self._machine is None else self._machine.plan(t, plan)
 
     def _agree_on_round(self, t: int) -> None:
         """Compare a hash of round t between processes, once.
@@ -313,6 +323,10 @@ class Communicator(RankGroup):
             if status != 0:
                 self._shared.check(status, self._where("neighbor_average"), self.timeout_s)
             return out
+        if isinstance(plan, ShardedPlan):
+            plan.machine.step = self.step
+            operation = f"neighbor_average (round {self.round})"
+            return plan.machine.average(plan.between, x, out, axpy, rounds, operation)
         source = x
         for k in range(rounds):
             received = self._receive(plan, source, "neighbor_average")

@@ -7,6 +7,7 @@ sums are ours in any case. A CUDA tensor is refused: the wheels' MPI cannot read
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any
 
@@ -25,6 +26,8 @@ _SPIN_S = 0.0001
 _YIELD_S = 0.002
 """How long it then polls giving way to other processes, before it sleeps between polls."""
 _MAX_SLEEP_S = 0.001
+_PROGRESS_S = 0.005
+"""Between looks of the background thread; it matters when a full socket cut a message short."""
 _PIECE_BYTES = 1 << 30
 """MPI counts are 32-bit ints: longer messages travel in pieces."""
 
@@ -86,6 +89,8 @@ class MPITransport:
         self.process: int = self._comm.Get_rank()
         self.processes: int = self._comm.Get_size()
         self.device = torch.device("cpu")
+        self._closing = threading.Event()
+        self._background: threading.Thread | None = None
         if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
             raise ConfigError(
                 "transport: this MPI gives no MPI_THREAD_MULTIPLE, which overlap needs; "
@@ -112,8 +117,28 @@ class MPITransport:
             for at in range(0, max(size, 1), _PIECE_BYTES)
         ]
 
+    def progress_in_background(self) -> None:
+        """Keep messages moving while this process waits for something that is not MPI's.
+
+        A send may be complete for MPI while its last bytes still lie in this process, to be written
+        by its next call. If that call came only after a wait for a process that, in the end, waits
+        for those bytes, all would hang.
+        """
+        if self._background is None:
+            self._background = threading.Thread(
+                target=self._progress, name="gossamer-mpi", daemon=True
+            )
+            self._background.start()
+
+    def _progress(self) -> None:
+        while not self._closing.wait(_PROGRESS_S):
+            self._comm.Iprobe()
+
     def close(self) -> None:
         """Free the communicator; MPI itself is finalised at exit by mpi4py."""
+        self._closing.set()
+        if self._background is not None:
+            self._background.join()
         if self._comm != self._mpi.COMM_NULL:
             self._comm.Free()
 

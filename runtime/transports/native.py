@@ -1,27 +1,24 @@
 """``native``: processes on one host, through memory that they share.
 
-They meet over another transport (torch.distributed's or MPI, as they were started), which is then
-left. The collectives read peers' rows in place: ``gossamer.runtime.shared_memory``.
+They meet over another transport (torch.distributed's or MPI, as they were started). The collectives
+read peers' rows in place: ``gossamer.runtime.shared_memory``.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gossamer.runtime import meeting
 from gossamer.runtime.collectives import RankGroup
-from gossamer.runtime.errors import CommError
 from gossamer.runtime.native import Exchange
-from gossamer.runtime.shared_memory import SharedMemory, Ticket
-from gossamer.runtime.transports.base import Pending, Transfers, Transport
+from gossamer.runtime.shared_memory import SharedMemory
+from gossamer.runtime.transports.base import Pending, Transfers
 
 __all__ = ["NativeTransport", "hosts_of", "meet_on_host"]
-
-_ID_BYTES = 16
 
 
 class _Transfer:
@@ -36,23 +33,21 @@ class _Transfer:
 
 
 class NativeTransport:
-    """All processes of the run, on one host."""
+    """Processes of one host: all of the run, or those that share a host of several."""
 
     name = "native"
 
-    def __init__(self, meeting: Transport, timeout_s: float) -> None:
-        """Join the others; ``meeting`` is closed.
+    def __init__(self, shared: SharedMemory, abort: Callable[[int], None]) -> None:
+        """Move bytes through ``shared``, whose processes are this transport's.
 
-        Raises:
-            CommError: a process's memory cannot be opened.
+        Args:
+            shared: memory that all its processes have attached.
+            abort: how to end every process of the run, as the launcher's transport does it.
         """
-        self.process, self.processes = meeting.process, meeting.processes
+        self.process, self.processes = shared.process, shared.processes
         self.device = torch.device("cpu")
-        self._meeting = meeting
-        self.shared: SharedMemory | None = meet_on_host(
-            RankGroup(self.processes, meeting, timeout_s=timeout_s), list(range(self.processes))
-        )
-        meeting.close()
+        self.shared: SharedMemory | None = shared
+        self._abort = abort
 
     def exchange(self, sends: Transfers, receives: Transfers, operation: str) -> Pending:
         """Send what has room at once; the rest moves on in ``wait``."""
@@ -66,26 +61,17 @@ class NativeTransport:
         self.shared.close()
 
     def abort(self, status: int) -> None:
-        """End every process: as the launcher's transport does it."""
-        self._meeting.abort(status)
+        """End every process of the run."""
+        self._abort(status)
 
 
 def hosts_of(group: RankGroup) -> list[list[int]]:
     """Return the processes by host, each ascending, hosts by their first process.
 
-    A host is a kernel's boot with one set of processes and one network: containers that share
-    neither count as hosts of their own.
-
     Args:
         group: one rank per process.
     """
-    spaces = [Path(f"/proc/self/ns/{name}").readlink() for name in ("pid", "net")]
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    mine = f"{boot} {spaces[0]} {spaces[1]}"
-    hosts: dict[str, list[int]] = {}
-    for process, key in enumerate(_gather_texts(group, mine)):
-        hosts.setdefault(key, []).append(process)
-    return list(hosts.values())
+    return meeting.hosts_of(partial(_gather_texts, group))
 
 
 def meet_on_host(group: RankGroup, members: Sequence[int]) -> SharedMemory:
@@ -98,23 +84,8 @@ def meet_on_host(group: RankGroup, members: Sequence[int]) -> SharedMemory:
     Raises:
         CommError: on every process, where the memory of any cannot be opened.
     """
-    jobs = _gather_texts(group, secrets.token_hex(_ID_BYTES))
-    me = group.transport.process
-    job = bytes.fromhex(jobs[members[0]])
-    shared = SharedMemory(job, list(members).index(me), len(members), members)
-    tickets = [
-        Ticket(*map(int, text.split()))
-        for text in _gather_texts(group, " ".join(map(str, shared.ticket)))
-    ]
-    failure = ""
-    try:
-        shared.attach([tickets[p] for p in members])
-    except CommError as error:
-        failure = str(error)
-    failures = [text for text in _gather_texts(group, failure) if text]
-    if failures:
-        raise CommError(failures[0])
-    return shared
+    process = group.transport.process
+    return meeting.meet_on_host(partial(_gather_texts, group), process, members)
 
 
 def _gather_texts(group: RankGroup, text: str) -> list[str]:

@@ -24,7 +24,7 @@ __all__ = [
     "world_size",
 ]
 
-TRANSPORTS = ("auto", "stacked", "native", "mpi", "gloo", "nccl")
+TRANSPORTS = ("auto", "stacked", "native", "mpi", "gloo", "nccl", "hybrid")
 
 log = logging.getLogger("gossamer")
 
@@ -101,9 +101,10 @@ def _number(
 def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport:
     """Open the transport ``name``; ``auto`` follows the launcher.
 
-    Nothing launched: ``stacked``. GPUs, one per process: ``nccl``. Else the processes meet over
-    ``mpi`` (mpirun) or ``gloo`` (torchrun, srun) and go on over shared memory: ``native`` where
-    all are on one host; over the one they met with, where no two are.
+    Nothing launched: ``stacked``. GPUs, one per process: ``nccl`` alone, between hosts and inside
+    them, as shared memory here is the CPU's. Else the processes meet over ``mpi`` (mpirun) or
+    ``gloo`` (torchrun, srun) and go on with ``native`` where all are on one host, with ``hybrid``
+    over the one they met with where some share a host, and with that one alone where none do.
 
     Raises:
         ConfigError: unknown name, or one that does not fit how the program was started.
@@ -114,22 +115,41 @@ def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport
         from gossamer.runtime.transports.stacked import StackedTransport
 
         return StackedTransport()
-    if name not in ("auto", "native"):
+    if name not in ("auto", "native", "hybrid"):
         return _open(name, launcher, timeout_s)
     meeting = _open("mpi" if launcher == "mpi" else "gloo", launcher, timeout_s)
-    from gossamer.runtime.collectives import RankGroup
-    from gossamer.runtime.transports.native import NativeTransport, hosts_of
+    return _share_memory(name, meeting, timeout_s)
 
-    hosts = hosts_of(RankGroup(meeting.processes, meeting, timeout_s=timeout_s))
+
+def _share_memory(name: str, meeting: Transport, timeout_s: float) -> Transport:
+    """Return what ``auto`` means for processes that have met; refuse another ``name``."""
+    from gossamer.runtime.collectives import RankGroup
+    from gossamer.runtime.transports.hybrid import HybridTransport
+    from gossamer.runtime.transports.native import NativeTransport, hosts_of, meet_on_host
+
+    group = RankGroup(meeting.processes, meeting, timeout_s=timeout_s)
+    hosts = hosts_of(group)
+    fitting = "hybrid"
     if len(hosts) == 1:
-        return NativeTransport(meeting, timeout_s)
-    if name == "native":
+        fitting = "native"
+    elif len(hosts) == meeting.processes:
+        fitting = meeting.name
+    if name not in ("auto", fitting):
         meeting.close()
+        where = "one host" if len(hosts) == 1 else f"{len(hosts)} hosts"
+        rule = {"native": "one host", "hybrid": "several hosts, some with several processes"}[name]
         raise ConfigError(
-            f"transport: native is for one host, the {meeting.processes} processes are on "
-            f"{len(hosts)}; use transport: auto"
+            f"transport: {name} is for {rule}, the {meeting.processes} processes are on {where}; "
+            f"use transport: {fitting}, or auto"
         )
-    return meeting
+    if fitting == meeting.name:
+        return meeting
+    members = next(host for host in hosts if meeting.process in host)
+    inside = NativeTransport(meet_on_host(group, members), meeting.abort)
+    if fitting == "hybrid":
+        return HybridTransport(meeting, inside, hosts)
+    meeting.close()
+    return inside
 
 
 def _open(name: str, launcher: Launcher, timeout_s: float) -> Transport:
@@ -179,7 +199,7 @@ def transport_name(name: str) -> str:
         )
     if name == "nccl" and not torch.cuda.is_available():
         raise ConfigError("transport: nccl needs a GPU per process, none here; use gloo")
-    if name in ("native", "gloo", "nccl") and launcher == "none":
+    if name in ("native", "hybrid", "gloo", "nccl") and launcher == "none":
         raise ConfigError(
             f"transport: {name} needs several processes; start with torchrun or mpirun, or let "
             "'gossamer run --processes N' start them; one process is transport: stacked"
