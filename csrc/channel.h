@@ -21,7 +21,7 @@ struct Message {
   std::uint64_t bytes;   // of this piece
   std::uint64_t offset;  // where it lies in the sender's segment; kNowhere: in `payload`
   std::uint64_t stride;  // between rows, where there are several
-  std::uint64_t out;     // all-reduce: where the sender wants its result; kNowhere: cannot say
+  std::uint64_t mark;    // for the receiver, as the kind of message says
   std::uint32_t kind;    // of operation: another one means that processes went apart
   std::uint32_t rows;
   std::byte payload[kInlineBytes];
@@ -33,6 +33,7 @@ struct Channel {
 
   alignas(64) std::atomic<std::uint32_t> posted;
   alignas(64) std::atomic<std::uint32_t> consumed;
+  std::atomic<std::uint32_t> read;  // pieces, of rows that the sender overwrites piece by piece
   alignas(64) Message slots[kSlots];
 
   Message& slot(std::uint32_t number) noexcept { return slots[number % kSlots]; }

@@ -17,6 +17,7 @@ constexpr std::uint64_t kMagic = 0x31726d6173736f67;  // "gossamr1"
 constexpr std::uint64_t kPage = 4096;
 constexpr std::uint64_t kStagingBytes = 16 << 20;  // a few pieces of each peer's: stays in cache
 constexpr std::size_t kPieceBytes = 512 << 10;
+constexpr std::size_t kStagedBytes = 1 << 20;   // larger messages are staged in the arena
 constexpr std::size_t kDirectBytes = 16 << 10;  // from here a copy costs more than waiting for the
                                                 // peer to read the row where it lies
 constexpr auto kSlice = std::chrono::milliseconds(50);  // between looks whether a peer still lives
@@ -59,6 +60,7 @@ Group::Group(const JobId& job, std::uint32_t process, std::uint32_t processes, s
       patience_(patience_of(processes, cores)),
       sent_(processes),
       taken_(processes),
+      asked_(processes),
       staging_begin_(round_up(sizeof(Header), kPage) +
                      round_up(processes * sizeof(Channel), kPage)),
       staging_end_(staging_begin_ + kStagingBytes),
@@ -139,6 +141,13 @@ void Group::consume(std::uint32_t peer) noexcept {
   header(peer).bell.ring();
 }
 
+void Group::report(std::uint32_t peer, std::size_t pieces) noexcept {
+  std::atomic<std::uint32_t>& read = channel(peer, process_).read;
+  const auto before = read.load(std::memory_order_relaxed);  // this process's own count
+  read.store(before + static_cast<std::uint32_t>(pieces), std::memory_order_seq_cst);
+  header(peer).bell.ring();
+}
+
 // --- staging ---------------------------------------------------------------------------------
 
 std::byte* Group::stage(std::size_t bytes) noexcept {
@@ -146,8 +155,19 @@ std::byte* Group::stage(std::size_t bytes) noexcept {
     return std::ranges::all_of(
         part.until, [&](const auto& u) { return channel(process_, u.first).done(u.second); });
   };
-  while (!staged_.empty() && read(staged_.front())) staged_.pop_front();
   const std::uint64_t size = round_up(bytes, 64);
+  if (size > kStagedBytes) {
+    const std::lock_guard lock(arena_mutex_);
+    while (!parked_.empty() && read(parked_.front())) {
+      arena_.give_back(parked_.front().begin);
+      parked_.pop_front();
+    }
+    const auto begin = arena_.take(size);
+    if (!begin) return nullptr;
+    newest_ = &parked_.emplace_back(Staged{*begin, *begin + size, {}});
+    return at(process_, *begin);
+  }
+  while (!staged_.empty() && read(staged_.front())) staged_.pop_front();
   if (staged_.empty()) staging_next_ = staging_begin_;
   // In use: from the front part's begin up to staging_next_, around the end.
   const bool wrapped = !staged_.empty() && staging_next_ <= staged_.front().begin;
@@ -156,19 +176,21 @@ std::byte* Group::stage(std::size_t bytes) noexcept {
     if (wrapped || staged_.empty() || staging_begin_ + size > staged_.front().begin) return nullptr;
     staging_next_ = staging_begin_;
   }
-  staged_.push_back({staging_next_, staging_next_ + size, {}});
+  newest_ = &staged_.emplace_back(Staged{staging_next_, staging_next_ + size, {}});
   staging_next_ += size;
-  return at(process_, staged_.back().begin);
+  return at(process_, newest_->begin);
 }
 
 void Group::stage_until(std::uint32_t peer) noexcept {
-  staged_.back().until.emplace_back(peer, sent_[peer]);
+  newest_->until.emplace_back(peer, sent_[peer]);
 }
 
 std::uint32_t Group::oldest_reader() const noexcept {
-  for (const Staged& part : staged_) {
-    for (const auto& [peer, count] : part.until) {
-      if (!channel(process_, peer).done(count)) return peer;
+  for (const auto* parts : {&staged_, &parked_}) {
+    for (const Staged& part : *parts) {
+      for (const auto& [peer, count] : part.until) {
+        if (!channel(process_, peer).done(count)) return peer;
+      }
     }
   }
   return process_;
@@ -223,12 +245,12 @@ Status Group::wait_any(double timeout_s, const std::function<bool()>& ready,
   };
   try {
     const auto slice = std::min<std::chrono::nanoseconds>(kSlice, limit);
-    if (wait_until(header(process_).bell, patience_, slice, ready, stop)) return broken_;
+    if (wait_until(header(process_).bell, patience_, slice, ready, stop)) return {};
   } catch (...) {
     failed({Outcome::kStopped, process_});
     throw;
   }
-  return failed(found);
+  return found;
 }
 
 // --- exchanges -------------------------------------------------------------------------------
@@ -241,7 +263,7 @@ bool Group::progress_send(Transfer& t) {
   message.total = t.bytes;
   message.kind = 0;
   message.rows = 1;
-  message.out = Message::kNowhere;
+  message.mark = 0;
   if (left <= Message::kInlineBytes) {
     message.bytes = left;
     message.offset = Message::kNowhere;
@@ -371,7 +393,9 @@ Status Exchange::wait(double timeout_s) {
     group_->progress();
     return finished() || !group_->broken_.ok();
   };
-  return group_->wait_any(timeout_s, ready, [&] { return waiting_for(); });
+  const Status status = group_->wait_any(timeout_s, ready, [&] { return waiting_for(); });
+  if (!status.ok()) return group_->failed(status);
+  return group_->broken_;  // a message of another size
 }
 
 }  // namespace gossamer

@@ -30,6 +30,7 @@ enum class Outcome : int {
   kLeft = 3,      // it closed the group
   kStopped = 4,   // an operation of its own failed
   kMismatch = 5,  // it is in another operation, or its message has another size
+  kNoMemory = 6,  // this process's shared memory is used up
 };
 
 struct Status {
@@ -102,10 +103,10 @@ class Group : public std::enable_shared_from_this<Group> {
 
  private:
   friend class Exchange;
-  friend class Collective;  // collectives.cpp
+  friend class Collective;
 
   struct Header;
-  struct Staged {  // a part of the staging area, free when all its messages are consumed
+  struct Staged {  // a part of the segment, free when all its messages are consumed
     std::uint64_t begin, end;
     std::vector<std::pair<std::uint32_t, std::uint32_t>> until;  // (peer, messages consumed)
   };
@@ -132,8 +133,10 @@ class Group : public std::enable_shared_from_this<Group> {
     return channel(peer, process_).has(taken_[peer]);
   }
   void consume(std::uint32_t peer) noexcept;
+  void report(std::uint32_t peer, std::size_t pieces) noexcept;
 
-  // A part of the staging area, or nullptr while older parts are still being read.
+  // Memory for a message, or nullptr while older ones are still being read: from the staging area,
+  // which stays in cache; large ones from the arena.
   std::byte* stage(std::size_t bytes) noexcept;
   void stage_until(std::uint32_t peer) noexcept;  // the part staged last: until its last message
   [[nodiscard]] std::uint32_t oldest_reader() const noexcept;
@@ -141,6 +144,11 @@ class Group : public std::enable_shared_from_this<Group> {
   // Waits for what depends on `peer`. Failures are final: the group is told, so that all stop.
   template <typename Ready>
   Status wait(std::uint32_t peer, double timeout_s, Ready&& ready) {
+    const Status status = watch(peer, timeout_s, ready);
+    return status.ok() ? status : failed(status);
+  }
+  template <typename Ready>  // leaves the group as it is
+  Status watch(std::uint32_t peer, double timeout_s, Ready&& ready) {
     if (ready()) return {};
     return wait_any(timeout_s, ready, [&] { return std::vector{peer}; });
   }
@@ -162,8 +170,10 @@ class Group : public std::enable_shared_from_this<Group> {
   std::shared_ptr<Segment> own_;
   std::vector<std::shared_ptr<Segment>> segments_;
   std::vector<std::uint32_t> sent_, taken_;  // messages per peer
+  std::vector<std::uint32_t> asked_;         // pieces to be read, per peer, before this operation
   std::uint64_t staging_begin_, staging_end_, staging_next_;
-  std::deque<Staged> staged_;
+  std::deque<Staged> staged_, parked_;  // in the staging area, in the arena
+  Staged* newest_ = nullptr;
   Arena arena_;
   std::vector<std::deque<Transfer*>> sends_, receives_;  // per peer, in order
   std::vector<Transfer*> unread_;                        // sent from the arena, not yet consumed

@@ -199,6 +199,11 @@ class SharedMemory:
                 f"{operation}: process {peer} sent another operation's message, or one of another "
                 "size (native); every process must make the same calls with the same shapes"
             )
+        if outcome == 6:
+            raise CommError(
+                f"{operation}: the {_address_space() >> 20} MiB reserved for shared memory are "
+                "used up (native)"
+            )
         reason = {
             2: "is gone",
             3: "has left the run",
