@@ -123,8 +123,8 @@ Status AllReduce::sum_direct(const SumCall& call, bool& agreed) {
       const std::size_t len = std::min(width, end - b);
       add_rows(call, b, b, len, at);
       for (std::uint32_t p = 0; p < g_.processes(); ++p) {
-        std::byte* result =
-            p == g_.process() ? reinterpret_cast<std::byte*>(call.out) : memory_of(p, message(p).mark);
+        std::byte* result = p == g_.process() ? reinterpret_cast<std::byte*>(call.out)
+                                              : memory_of(p, message(p).mark);
         kernels().copy(reinterpret_cast<const std::byte*>(at), result + b * element_bytes,
                        len * element_bytes);
       }
