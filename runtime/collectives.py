@@ -7,7 +7,7 @@ gathered. The bytes counted are those of that algorithm between ranks: 2 (n-1)/n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from gossamer.runtime.native import DTYPES, Terms, weighted_sum
 from gossamer.runtime.placement import Placement
+from gossamer.runtime.relay import relay_steps
 from gossamer.runtime.shared_memory import counts_of
 from gossamer.runtime.traffic import Traffic
 from gossamer.runtime.transports.base import Transport
+from gossamer.runtime.transports.hybrid import HybridTransport
 
-__all__ = ["RankGroup", "Reduction"]
+__all__ = ["RankGroup", "Reduction", "sum_rows"]
 
 Reduction = Literal["sum", "mean", "min", "max"]
 
@@ -52,6 +54,9 @@ class RankGroup:
         self.traffic = Traffic(self.local)
         self.step = 0
         self._shared = transport.shared
+        alone = [[p] for p in range(transport.processes)]
+        hosts = transport.hosts if isinstance(transport, HybridTransport) else alone
+        self._relay = relay_steps(hosts, transport.process)
         self._counts = counts_of(self.placement)
         self._each = np.ones(self.local, np.int64)
         self._scratch_rows: dict[torch.dtype, Tensor] = {}
@@ -89,8 +94,9 @@ class RankGroup:
                 self._shared.check(status, f"step {self.step}: all_reduce", self.timeout_s)
             return out
         if self._gathers_whole(m * x.element_size()):
-            x = x.contiguous()
-            _sum_rows(self._swap(lambda p: x, x, f"all_reduce({op})"), out)
+            rows = self._scratch_blocks(x.contiguous())
+            self._spread(dict(enumerate(rows)), f"all_reduce({op})")
+            sum_rows(rows, out)
         else:
             self._sum_by_slices(x, out)
         return out.div_(self.n) if op == "mean" else out
@@ -142,11 +148,11 @@ class RankGroup:
         where = f"broadcast from rank {root}"
         if self.transport.process == owner:
             row = x[root - self.ranks.start].contiguous()  # of shared memory: read where it lies
-            self._exchange([(p, row) for p in self._others()], [], where)
+            self._spread({owner: row}, where)
             if out.data_ptr() != row.data_ptr():
                 out[0].copy_(row)
         else:
-            self._exchange([], [(owner, out[0])], where)
+            self._spread({owner: out[0]}, where)
         return out
 
     def all_to_all(self, x: Tensor, *, count: bool = True) -> Tensor:
@@ -179,7 +185,7 @@ class RankGroup:
         """
         local = x.shape[0]
         received = self.all_to_all(x.reshape(local, self.n, -1), count=count)
-        return torch.cat([_sum_rows([part]) for part in received])
+        return torch.cat([sum_rows([part]) for part in received])
 
     def barrier(self) -> None:
         """Return when every process has come here."""
@@ -229,12 +235,26 @@ class RankGroup:
         if out is None:
             out = torch.empty(self.n, x.shape[1], dtype=x.dtype, device=x.device)
         out[self.ranks.start : self.ranks.stop] = x
-        receives = []
+        blocks = {self.transport.process: x}
         for p in self._others():
             ranks = self.placement.ranks(p)
-            receives.append((p, out[ranks.start : ranks.stop]))
-        self._exchange([(p, x) for p in self._others()], receives, operation)
+            blocks[p] = out[ranks.start : ranks.stop]
+        self._spread(blocks, operation)
         return out
+
+    def _spread(self, blocks: Mapping[int, Tensor], operation: str) -> None:
+        """Bring blocks to every process; each crosses to another host once.
+
+        Args:
+            blocks: contiguous, by the process that has it; filled on the others.
+            operation: for messages.
+        """
+        for sends, receives in self._relay:
+            self._exchange(
+                [(peer, blocks[p]) for peer, p in sends if p in blocks],
+                [(peer, blocks[p]) for peer, p in receives if p in blocks],
+                operation,
+            )
 
     def _gathers_whole(self, row_bytes: int) -> bool:
         """Say whether all rows, gathered and summed by everyone, cost less than two exchanges."""
@@ -251,30 +271,30 @@ class RankGroup:
         rows = self._swap(
             lambda p: x[:, slices[p]].contiguous(), x[:, slices[me]], "all_reduce (slices)"
         )
-        _sum_rows(rows, mine)
-        self._exchange(
-            [(p, mine[0]) for p in self._others()],
-            [(p, out[0, slices[p]]) for p in self._others()],
-            "all_reduce (gather)",
-        )
+        sum_rows(rows, mine)
+        self._spread({p: out[0, slices[p]] for p in range(processes)}, "all_reduce (gather)")
 
     def _swap(self, sent: Callable[[int], Tensor], own: Tensor, operation: str) -> list[Tensor]:
         """Send ``sent(p)`` to every other process p; return all rows by process, ``own`` included.
 
         What was received lies in scratch: it lasts until the next call.
         """
-        sends, receives = [], []
-        rows = [own] * self.transport.processes
+        rows = self._scratch_blocks(own)
+        others = self._others()
+        sends = [(p, sent(p)) for p in others]
+        self._exchange(sends, [(p, rows[p]) for p in others], operation)
+        return rows
+
+    def _scratch_blocks(self, own: Tensor) -> list[Tensor]:
+        """Return scratch for every process's rows, as wide as ``own``, which is this process's."""
+        blocks = [own] * self.transport.processes
         width, at = own.shape[1], 0
         scratch = self._received_rows((self.n - self.local) * width, own)
         for p in self._others():
             size = len(self.placement.ranks(p)) * width
-            rows[p] = scratch[at : at + size].view(-1, width)
+            blocks[p] = scratch[at : at + size].view(-1, width)
             at += size
-            sends.append((p, sent(p)))
-            receives.append((p, rows[p]))
-        self._exchange(sends, receives, operation)
-        return rows
+        return blocks
 
     def _received_rows(self, size: int, like: Tensor) -> Tensor:
         """Return ``size`` elements of scratch that is kept: fresh pages cost more than a sum."""
@@ -296,7 +316,7 @@ def _check_out(operation: str, out: Tensor | None, shape: tuple[int, int], x: Te
         )
 
 
-def _sum_rows(blocks: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+def sum_rows(blocks: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """Return the sum over the rows of ``blocks`` as (1, m), added from the first to the last."""
     first = blocks[0]
     if out is None:
