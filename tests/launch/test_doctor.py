@@ -31,12 +31,18 @@ def found(name):
 
 
 def test_every_problem_has_a_fix(pretend, monkeypatch):
-    pretend(stacked=("", "broken"), gloo=("", "no route"), mpi=("", "no mpirun"))
+    pretend(
+        stacked=("", "broken"),
+        native=("", "no memfd"),
+        gloo=("", "no route"),
+        mpi=("", "no mpirun"),
+    )
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("GOSSAMER_DATA", raising=False)
     findings = list(examine())
     assert {f.name for f in findings if not f.ok} >= {
         "transport stacked",
+        "transport native",
         "transport gloo",
         "transport mpi",
         "data folder",
@@ -47,7 +53,7 @@ def test_every_problem_has_a_fix(pretend, monkeypatch):
 
 
 def test_only_one_process_is_required(pretend):
-    pretend(gloo=("", "no route"), mpi=("", "no mpirun"))
+    pretend(native=("", "no memfd"), gloo=("", "no route"), mpi=("", "no mpirun"))
     assert is_usable(list(examine()))
 
 
@@ -89,6 +95,6 @@ def test_this_machine_trains_on_every_transport(monkeypatch, launch_environment)
     for name, value in launch_environment.items():
         monkeypatch.setenv(name, value)
     findings = {finding.name: finding for finding in examine()}
-    for transport in ("stacked", "gloo", "mpi"):
+    for transport in ("stacked", "native", "gloo", "mpi"):
         assert findings[f"transport {transport}"].ok, findings[f"transport {transport}"]
     assert "threads: multiple" in findings["MPI"].found
