@@ -114,7 +114,8 @@ def _row(name: str) -> Row:
 
 def _state(program: TrainingProgram) -> tuple[str, ...]:
     tensors, _ = flatten(program.state)
-    sizes = {name: t[0].numel() / program.layout.d for name, t in tensors.items()}
+    row_bytes = program.layout.d * program.layout.dtype.itemsize
+    sizes = {name: t[0].nbytes / row_bytes for name, t in tensors.items()}  # packed bytes too
     return tuple(name if size == 1 else f"{name} ({size:.3g} d)" for name, size in sizes.items())
 
 

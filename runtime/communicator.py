@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ class Communicator(RankGroup):
         self._agreed: set[int] = set()
         self._scratch: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._worker: ThreadPoolExecutor | None = None
-        self._last: Future[Tensor] | None = None
+        self._last: Future[Any] | None = None
         if self._check_rounds and not self.same(topology.digest()):
             raise RoundMismatch(
                 f"topology: the processes hold different topologies; this one has {topology!r}"
@@ -170,12 +170,9 @@ class Communicator(RankGroup):
         out = self._output(x, out)
         plan = self._plan_now()
         self.traffic.count(plan.degree, rounds, rounds * x.shape[1] * x.itemsize)
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(
-                1, "gossamer-comm", initializer=_use_device, initargs=(self.device,)
-            )
-        self._last = self._worker.submit(self._average, plan, x, out, axpy, rounds)
-        return Work(self._last, self, "neighbor_average")
+        future = self._background().submit(self._average, plan, x, out, axpy, rounds)
+        self._last = future
+        return Work(future, self, "neighbor_average")
 
     def neighbor_gather(self, x: Tensor) -> Messages:
         """Return the rows that each hosted rank receives in round t, kept apart.
@@ -189,15 +186,15 @@ class Communicator(RankGroup):
         plan = self._plan_now()
         self._settle()
         self.traffic.count(plan.degree, 1, x.shape[1] * x.itemsize)
-        received = self._receive(plan, x, "neighbor_gather")
-        columns = torch.from_numpy(plan.columns)
-        rows = torch.cat([x, received]) if plan.num_received else x
-        return Messages(
-            values=rows[columns.to(x.device)],
-            source=torch.from_numpy(plan.sources.astype(np.int64)),
-            target=torch.from_numpy(plan.targets),
-            weight=torch.from_numpy(plan.weights.copy()),
-        )
+        return self._gather(plan, x)
+
+    def neighbor_gather_async(self, x: Tensor) -> Work[Messages]:
+        """Start ``neighbor_gather`` and return at once; ``x`` belongs to it until ``wait``."""
+        plan = self._plan_now()
+        self.traffic.count(plan.degree, 1, x.shape[1] * x.itemsize)
+        future = self._background().submit(self._gather, plan, x)
+        self._last = future
+        return Work(future, self, "neighbor_gather")
 
     def neighbor_gather_ragged(self, rows: Sequence[Tensor]) -> RaggedMessages:
         """Return the messages that each hosted rank receives in round t, each of its own length.
@@ -260,6 +257,14 @@ class Communicator(RankGroup):
                 f"x {tuple(x.shape)} {x.dtype}"
             )
         return out
+
+    def _background(self) -> ThreadPoolExecutor:
+        """Return the thread on which asynchronous operations run, one after another."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(
+                1, "gossamer-comm", initializer=_use_device, initargs=(self.device,)
+            )
+        return self._worker
 
     def _settle(self) -> None:
         """Let an operation in flight finish first; its error is raised by its own ``wait``."""
@@ -339,6 +344,17 @@ class Communicator(RankGroup):
                 )
             source = out
         return out
+
+    def _gather(self, plan: ExchangePlan, x: Tensor) -> Messages:
+        received = self._receive(plan, x, "neighbor_gather")
+        columns = torch.from_numpy(plan.columns)
+        rows = torch.cat([x, received]) if plan.num_received else x
+        return Messages(
+            values=rows[columns.to(x.device)],
+            source=torch.from_numpy(plan.sources.astype(np.int64)),
+            target=torch.from_numpy(plan.targets),
+            weight=torch.from_numpy(plan.weights.copy()),
+        )
 
     def _receive(self, plan: ExchangePlan, x: Tensor, operation: str) -> Tensor:
         """Return the rows of other processes that the plan asks for, (num_received, m)."""

@@ -10,14 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.conditions import require_doubly_stochastic, require_static
-from gossamer.algorithms.decentralized.compressors import (
-    Contraction,
-    TopK,
-    average_compressed,
-)
+from gossamer.algorithms.decentralized.compressors import Contraction, TopK
 from gossamer.algorithms.decentralized.diagonal import self_weights
 from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Optimizer, Oracle
-from gossamer.runtime import Communicator, combine
+from gossamer.runtime import Communicator, Messages, combine
 from gossamer.topologies import Topology
 
 __all__ = ["Choco", "ChocoState"]
@@ -31,13 +27,16 @@ class ChocoState:
         x: (local, d), the parameters.
         h: (local, d), the public copy of x: what the neighbours know of it.
         s: (local, d), sum_j w_ij h_j over the rank itself and its neighbours, kept as a running
-            sum in place of a copy per neighbour.
+            sum in place of a copy per neighbour; in order B without what ``message`` will bring.
+        message: (local, bytes) uint8, order B: C(x - h) of the last step, which travels in this
+            one.
         optimizer: the optimizer's own state.
     """
 
     x: Tensor
     h: Tensor
     s: Tensor
+    message: Tensor | None
     optimizer: Any
 
 
@@ -50,10 +49,11 @@ class Choco(Algorithm):
         A (arXiv:1902.00340):  q = C(x - h);  h += q for self and neighbours;  x += gamma (s - h)
         B (arXiv:1907.09356):  x += gamma (s - h) with the old h;  q = C(x - h);  h += q
 
-    where s_i = sum_j w_ij h_j. B, which the official codes use, does not need q until the next
-    step's end. C must be a contraction, E ||C(v) - v||^2 <= (1 - delta) ||v||^2. W must be doubly
-    stochastic and fixed, since s is kept as a running sum. Order A with the identity and gamma 1 is
-    DSGD, adapt then combine. The compressor works on each parameter tensor by itself.
+    where s_i = sum_j w_ij h_j. B, which the official codes use, does not need the neighbours' q
+    until the next average: it travels while the next gradient is computed. C must be a contraction,
+    E ||C(v) - v||^2 <= (1 - delta) ||v||^2. W must be doubly stochastic and fixed, since s is kept
+    as a running sum. Order A with the identity and gamma 1 is DSGD, adapt then combine. The
+    compressor works on each parameter tensor by itself.
     """
 
     name: Literal["choco"] = "choco"
@@ -72,33 +72,50 @@ class Choco(Algorithm):
         return require_static(self.name, require_doubly_stochastic(self.name, topology))
 
     def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> ChocoState:
-        """Start at x; all public copies are 0."""
-        zeros = torch.zeros_like
-        return ChocoState(x=x, h=zeros(x), s=zeros(x), optimizer=self.optimizer.init(x))
+        """Start at x; all public copies are 0, and so is what order B sends first."""
+        h = torch.zeros_like(x)
+        message = self.compressor.pack(comm, oracle.layout, h) if self.order == "B" else None
+        return ChocoState(
+            x=x, h=h, s=torch.zeros_like(x), message=message, optimizer=self.optimizer.init(x)
+        )
 
     def step(
         self, comm: Communicator, oracle: Oracle, state: ChocoState, batches: Batches
     ) -> Metrics:
         """One gradient, one compressed message to each neighbour."""
-        x = state.x
-        estimate = oracle(x, batches[0])
+        x, sent = state.x, state.message
+        arriving = None if sent is None else comm.neighbor_gather_async(sent)
+        estimate = oracle(x, batches[0])  # B: while the last step's message travels
         self.optimizer.update_(state.optimizer, x, estimate.grad, comm)
-        if self.order == "A":
-            self._publish(comm, oracle, state)
+        if arriving is None:
+            message = self._change(comm, oracle, state)
+            self._hear(comm, oracle, state, comm.neighbor_gather(message), comm.step)
             self._approach(state)
         else:
+            self._hear(comm, oracle, state, arriving.wait(), max(0, comm.step - 1))
             self._approach(state)
-            self._publish(comm, oracle, state)
+            state.message = self._change(comm, oracle, state)
         return {"loss": estimate.loss, **estimate.metrics}
 
     def _approach(self, state: ChocoState) -> None:
         """``x += gamma * sum_j w_ij (h_j - h_i)``."""
         combine([(1.0, state.x), (self.gamma, state.s), (-self.gamma, state.h)], out=state.x)
 
-    def _publish(self, comm: Communicator, oracle: Oracle, state: ChocoState) -> None:
-        """``q = C(x - h); h += q``, here and at the neighbours: ``s += W q``."""
-        h, s = state.h, state.s
-        difference = combine([(1.0, state.x), (-1.0, h)])
-        q, heard = average_compressed(self.compressor, comm, oracle.layout, difference)
-        combine([(1.0, h), (1.0, q)], out=h)
-        combine([(1.0, s), (self_weights(comm), q), (1.0, heard)], out=s)
+    def _change(self, comm: Communicator, oracle: Oracle, state: ChocoState) -> Tensor:
+        """``q = C(x - h); h += q; s += w_ii q``; return the message that brings q to others."""
+        difference = combine([(1.0, state.x), (-1.0, state.h)])
+        message = self.compressor.pack(comm, oracle.layout, difference)
+        q = self.compressor.unpack(comm, oracle.layout, message, comm.ranks)
+        combine([(1.0, state.h), (1.0, q)], out=state.h)
+        combine([(1.0, state.s), (self_weights(comm), q)], out=state.s)
+        return message
+
+    def _hear(
+        self, comm: Communicator, oracle: Oracle, state: ChocoState, heard: Messages, step: int
+    ) -> None:
+        """``s += sum_j w_ij q_j`` over the neighbours, whose q are of ``step``."""
+        senders = heard.source.tolist()
+        q = self.compressor.unpack(comm, oracle.layout, heard.values, senders, step)
+        combine(
+            [(1.0, state.s), (1.0, heard.weighted_sum(q, torch.zeros_like(state.s)))], out=state.s
+        )

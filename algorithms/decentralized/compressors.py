@@ -56,16 +56,29 @@ class Compressor(Component, ABC):
         return torch.cat(parts, dim=1)
 
     def unpack(
-        self, comm: Communicator, layout: RowLayout, message: Tensor, senders: Iterable[int]
+        self,
+        comm: Communicator,
+        layout: RowLayout,
+        message: Tensor,
+        senders: Iterable[int],
+        step: int | None = None,
     ) -> Tensor:
-        """Return the rows (r, d) behind messages (r, bytes) packed in this step by ``senders``."""
+        """Return the rows (r, d) behind messages (r, bytes).
+
+        Args:
+            comm: the ranks.
+            layout: of the rows.
+            message: what ``pack`` gave.
+            senders: the rank that packed each.
+            step: when they were packed; this step by default.
+        """
         senders = tuple(senders)
         out = torch.zeros(len(message), layout.d, dtype=layout.dtype, device=message.device)
         begin = 0
         for s in layout.slices:
             size = s.shape.numel()
             end = begin + self.num_bytes(size, layout.dtype)
-            coins = _coins(comm, senders, s.tensor)
+            coins = _coins(comm, senders, s.tensor, step)
             part = self.decode(message[:, begin:end], size, layout.dtype, coins)
             out[:, s.begin : s.end] = part
             begin = end
@@ -280,8 +293,8 @@ def average_compressed(
     return q, heard.weighted_sum(values, torch.zeros_like(q))
 
 
-def _coins(comm: Communicator, ids: Iterable[int], tensor: int) -> Stream:
-    return comm.random("compressor", ids=ids, draw=tensor)
+def _coins(comm: Communicator, ids: Iterable[int], tensor: int, step: int | None = None) -> Stream:
+    return comm.seed.stream("compressor", ids, comm.step if step is None else step, tensor)
 
 
 def _scatter(values: Tensor, places: Tensor, size: int) -> Tensor:
