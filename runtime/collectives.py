@@ -291,9 +291,9 @@ class RankGroup:
         width, at = own.shape[1], 0
         scratch = self._received_rows((self.n - self.local) * width, own)
         for p in self._others():
-            size = len(self.placement.ranks(p)) * width
-            blocks[p] = scratch[at : at + size].view(-1, width)
-            at += size
+            rows = len(self.placement.ranks(p))
+            blocks[p] = scratch[at : at + rows * width].view(rows, width)
+            at += rows * width
         return blocks
 
     def _received_rows(self, size: int, like: Tensor) -> Tensor:
