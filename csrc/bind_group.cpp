@@ -1,12 +1,14 @@
 #include "bind_group.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -95,9 +97,10 @@ class Exchange {
     const Release release;
     return pack(exchange_->wait(timeout_s));
   }
-  bool test() {
+  std::optional<std::int64_t> test() {
     const Release release;
-    return exchange_->test();
+    const auto status = exchange_->test();
+    return status ? std::optional(pack(*status)) : std::nullopt;
   }
 
  private:

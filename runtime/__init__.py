@@ -1,5 +1,6 @@
 """Communicator, transports, flat rows, random numbers, the loop, checkpoints."""
 
+from gossamer import register_backend
 from gossamer.runtime.communicator import Communicator, Work
 from gossamer.runtime.errors import CommError, CommTimeout, ConfigError, PeerLost, RoundMismatch
 from gossamer.runtime.messages import Messages, RaggedMessages
@@ -28,3 +29,5 @@ __all__ = [
     "row_dot",
     "row_norm",
 ]
+
+register_backend()  # torch has done so when it was imported, unless told not to

@@ -42,6 +42,23 @@ _HOME = {
 }
 
 
+def register_backend() -> None:
+    """Make ``torch.distributed.init_process_group("gossamer")`` work.
+
+    torch calls it when it is imported (the entry point ``torch.backends``), so it must stay cheap
+    and cannot fail. With TORCH_DEVICE_BACKEND_AUTOLOAD=0, importing ``gossamer.runtime`` calls it.
+    """
+    import torch.distributed as dist
+
+    def create(options: Any, own_options: Any) -> Any:
+        from gossamer.runtime.process_group import create
+
+        return create(options, own_options)
+
+    if dist.is_available():
+        dist.Backend.register_backend("gossamer", create, extended_api=True, devices=["cpu"])
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
