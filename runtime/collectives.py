@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
@@ -77,9 +78,13 @@ class RankGroup:
 
         Returns:
             ``out``, (1, m), the same on every process; broadcasts against rows.
+
+        Raises:
+            ValueError: ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
         """
-        self._count(2 * x.shape[1] * x.element_size() * (self.n - 1) / self.n, 2, count)
         m = x.shape[1]
+        _check_out("all_reduce", out, (1, m), x)
+        self._count(2 * m * x.itemsize * (self.n - 1) / self.n, 2, count)
         if out is None:
             out = torch.empty(1, m, dtype=x.dtype, device=x.device)
         if op in ("min", "max"):
@@ -88,15 +93,16 @@ class RankGroup:
         if self._shared is not None and x.dtype in DTYPES:
             self._settle()
             divisor = float(self.n) if op == "mean" else 1.0
-            with self.traffic.span("communicate", "all_reduce", self.step):
-                status = self._shared.sum(x, out, self._counts, divisor, self.timeout_s)
+            begin = perf_counter()
+            status = self._shared.sum(x, out, self._counts, divisor, self.timeout_s)
+            self.traffic.spent("communicate", "all_reduce", self.step, begin)
             if status != 0:
                 self._shared.check(status, f"step {self.step}: all_reduce", self.timeout_s)
             return out
         if self._gathers_whole(m * x.element_size()):
-            rows = self._scratch_blocks(x.contiguous())
-            self._spread(dict(enumerate(rows)), f"all_reduce({op})")
-            sum_rows(rows, out)
+            blocks = self._scratch_blocks(x.contiguous())
+            self._spread(dict(enumerate(blocks)), f"all_reduce({op})")
+            sum_rows(blocks, out)
         else:
             self._sum_by_slices(x, out)
         return out.div_(self.n) if op == "mean" else out

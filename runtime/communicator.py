@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -96,6 +97,7 @@ class Communicator(RankGroup):
         """
         super().__init__(topology.n, transport, timeout_s=timeout_s)
         self.topology = topology
+        self._period = topology.period
         self.round = 0
         self.steps = steps
         self.seed = Random(seed)
@@ -104,7 +106,7 @@ class Communicator(RankGroup):
         self._machine = machine_of(topology, transport, self.placement, self.traffic, timeout_s)
         self._check_rounds = check_rounds and transport.processes > 1
         self._plans = lru_cache(maxsize=max(64, topology.period or 0))(self._plan)
-        self._compiled_plans: dict[int, tuple[ExchangePlan, AveragePlan]] = {}
+        self._compiled = lru_cache(maxsize=max(64, topology.period or 0))(self._compile)
         self._agreed: set[int] = set()
         self._scratch: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._worker: ThreadPoolExecutor | None = None
@@ -151,9 +153,9 @@ class Communicator(RankGroup):
         """
         out = self._output(x, out)
         self._settle()
-        plan = self._plan_now()
-        self.traffic.count(plan.degree, rounds, rounds * x.shape[1] * x.itemsize)
-        return self._average(plan, x, out, axpy, rounds)
+        t = self._place_in_schedule()
+        self.traffic.count(self._plans(t).degree, rounds, rounds * x.shape[1] * x.itemsize)
+        return self._average(t, x, out, axpy, rounds)
 
     def neighbor_average_async(
         self,
@@ -168,9 +170,9 @@ class Communicator(RankGroup):
         ``x``, ``out`` and ``y`` belong to the operation until ``wait`` returns.
         """
         out = self._output(x, out)
-        plan = self._plan_now()
-        self.traffic.count(plan.degree, rounds, rounds * x.shape[1] * x.itemsize)
-        future = self._background().submit(self._average, plan, x, out, axpy, rounds)
+        t = self._place_in_schedule()
+        self.traffic.count(self._plans(t).degree, rounds, rounds * x.shape[1] * x.itemsize)
+        future = self._background().submit(self._average, t, x, out, axpy, rounds)
         self._last = future
         return Work(future, self, "neighbor_average")
 
@@ -281,14 +283,20 @@ class Communicator(RankGroup):
         self._settle()
         super()._exchange(sends, receives, operation)
 
+    def _place_in_schedule(self) -> int:
+        return self.round % self._period if self._period else self.round
+
     def _plan_now(self) -> ExchangePlan:
-        period = self.topology.period
-        return self._plans(self.round if period is None else self.round % period)
+        return self._plans(self._place_in_schedule())
 
     def _plan(self, t: int) -> ExchangePlan:
         self._agree_on_round(t)
         plan = plan_exchange(self.topology.round(t), self.placement, self.transport.process)
         return plan if self._machine is None else self._machine.plan(t, plan)
+
+    def _compile(self, t: int) -> AveragePlan:
+        assert self._shared is not None
+        return self._shared.prepare(self._plans(t))
 
     def _agree_on_round(self, t: int) -> None:
         """Compare a hash of round t between processes, once.
@@ -314,20 +322,21 @@ class Communicator(RankGroup):
 
     def _average(
         self,
-        plan: ExchangePlan,
+        t: int,
         x: Tensor,
         out: Tensor,
         axpy: tuple[float, Tensor] | None,
         rounds: int,
     ) -> Tensor:
         if self._shared is not None:
-            with self.traffic.span("communicate", "neighbor_average", self.step):
-                status = self._shared.average(
-                    self._compiled(plan), x, out, axpy, rounds, self.timeout_s
-                )
+            begin = perf_counter()
+            compiled = self._compiled(t)
+            status = self._shared.average(compiled, x, out, axpy, rounds, self.timeout_s)
+            self.traffic.spent("communicate", "neighbor_average", self.step, begin)
             if status != 0:
                 self._shared.check(status, self._where("neighbor_average"), self.timeout_s)
             return out
+        plan = self._plans(t)
         if isinstance(plan, ShardedPlan):
             plan.machine.step = self.step
             operation = f"neighbor_average (round {self.round})"
@@ -383,17 +392,6 @@ class Communicator(RankGroup):
 
     def _where(self, operation: str) -> str:
         return f"step {self.step}: {operation} (round {self.round})"
-
-    def _compiled(self, plan: ExchangePlan) -> AveragePlan:
-        """Return the plan in the form that shared memory wants; the last ones are kept."""
-        compiled = self._compiled_plans.get(id(plan))
-        if compiled is None:
-            assert self._shared is not None
-            if len(self._compiled_plans) > self._plans.cache_parameters()["maxsize"]:
-                self._compiled_plans.clear()
-            compiled = plan, self._shared.prepare(plan)  # the plan too: its id stays its own
-            self._compiled_plans[id(plan)] = compiled
-        return compiled[1]
 
     def _buffer(self, rows: int, like: Tensor) -> Tensor:
         key = (rows, like.shape[1], like.dtype)

@@ -91,6 +91,16 @@ class Traffic:
         """Return a context that times its block as part of ``lane``."""
         return _Span(self, lane, name, step)
 
+    def spent(self, lane: Lane, name: str, step: int, begin: float) -> None:
+        """Count the time since ``begin`` (of ``time.perf_counter``) as part of ``lane``."""
+        end = time.perf_counter()
+        background = threading.get_ident() != self.thread
+        if not background:
+            self.seconds[lane] += end - begin
+        if self.tracing:
+            times = (begin - self.origin, end - self.origin)
+            self.events.append(Event(lane, name, *times, step, background))
+
 
 class _Span:
     # Not a generator: an operation of a few bytes takes about as long as entering one.
@@ -103,10 +113,4 @@ class _Span:
         self._begin = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        end, traffic = time.perf_counter(), self._traffic
-        background = threading.get_ident() != traffic.thread
-        if not background:
-            traffic.seconds[self._lane] += end - self._begin
-        if traffic.tracing:
-            times = (self._begin - traffic.origin, end - traffic.origin)
-            traffic.events.append(Event(self._lane, self._name, *times, self._step, background))
+        self._traffic.spent(self._lane, self._name, self._step, self._begin)
