@@ -87,6 +87,60 @@ def collectives(
 
 
 @app.command()
+def overlap(
+    ranks: Annotated[str, typer.Option(help="Numbers of processes, by commas.")] = "2",
+    transports: Annotated[
+        str, typer.Option(help="native, gloo, mpi or nccl, by commas.")
+    ] = "native,gloo,mpi",
+    min_bytes: MinBytes = "64K",
+    max_bytes: MaxBytes = "64M",
+    factor: Factor = 32,
+    iters: Iters = 20,
+    warmup: Warmup = 3,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """An average beside a computation that takes about as long, against one after the other.
+
+    Starts its own processes with mpirun; under mpirun or torchrun it uses those.
+    """
+    from rich.console import Console
+
+    from gossamer.launch.bench.measure import Options, parse_bytes, print_rows, text, text_spread
+    from gossamer.launch.bench.overlap import OverlapRequest
+    from gossamer.launch.bench.overlap import overlap as measure
+
+    options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
+    request = OverlapRequest(transports.split(","), _integers("--ranks", ranks, 2), options)
+    with Console(stderr=True).status("") as status:
+        rows = measure(request, status.update)
+    if rows is None:
+        return 0
+    print_rows(
+        rows,
+        {
+            "transport": text("transport"),
+            "n": text("ranks"),
+            "bytes": text("bytes"),
+            "compute us": text("compute_us", "{:.0f}"),
+            "average us": text("average_us", "{:.0f}"),
+            "in turn us (p10-p90)": text_spread("in_turn_us", 0),
+            "beside us (p10-p90)": text_spread("overlap_us", 0),
+            "saved": text("saved", "{:.0%}"),
+        },
+        title="overlap",
+        as_json=as_json,
+    )
+    if not as_json:
+        typer.echo(
+            "saved: of the shorter of compute and average, which is all that can be hidden. With a "
+            "core for\neach rank and none to spare, an average competes for the core unless it "
+            "waits: what it copies and\nadds up is not hidden, what it waits for is."
+        )
+    return 0
+
+
+@app.command()
 def simulate(
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, by commas.")] = "64,512,4096",
     graphs: Annotated[

@@ -176,6 +176,19 @@ def test_collectives_over_another_transport():
     assert [row["transport"] for row in json.loads(out)["rows"]] == ["gloo"]
 
 
+def test_overlap_computes_and_averages_in_turn_and_beside():
+    pytest.importorskip("mpi4py")
+    status, out, err = bench(
+        *("overlap", "--transports=native,mpi", "--max-bytes=64K", "--iters=3", "--json")
+    )
+    assert status == 0, err
+    rows = json.loads(out)["rows"]
+    assert [(row["transport"], row["bytes"]) for row in rows] == [("native", 65536), ("mpi", 65536)]
+    for row in rows:
+        shorter = min(row["compute_us"], row["average_us"])
+        assert row["saved"] == pytest.approx((row["in_turn_us"] - row["overlap_us"]) / shorter)
+
+
 def test_what_must_move_counts_rows_read_and_written():
     ring, directed = build("ring", 4).round(0), build("directed_ring", 4).round(0)
     assert bytes_to_move("average", 4, ring, 10) == 4 * (2 + 2) * 10

@@ -1,7 +1,10 @@
 """The Chrome trace: lanes, overlap, and one clock for all processes."""
 
 import json
+import os
 import queue
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -49,6 +52,7 @@ class ThreadTransport:
     """Threads as processes: a queue per pair."""
 
     name = "threads"
+    shared = None
 
     def __init__(self, process, queues):
         self.process, self.processes, self.queues = process, len(queues), queues
@@ -116,3 +120,59 @@ def test_lanes_and_ranks_are_named(tmp_path):
         ("M", "wait"),
         ("M", "communicate"),
     ]
+
+
+def lie_beside_each_other(events, process, name):
+    """Whether an operation of this name went on while the process computed."""
+    spans = [
+        (e["name"], e["tid"], e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e["ph"] == "X" and e["pid"] == process
+    ]
+    sent = [s for s in spans if s[0] == name and s[1] == 2]
+    computed = [s for s in spans if s[1] == 0]
+    # What follows one upon the other may touch, by the rounding of the times to 1 ns.
+    return any(min(a[3], b[3]) - max(a[2], b[2]) > 1.0 for a in sent for b in computed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "operation", "overlaps"),
+    [
+        ({"name": "dsgd", "order": "cta"}, "neighbor_average", True),
+        ({"name": "dsgd", "order": "atc"}, "neighbor_average", False),
+        ({"name": "extra"}, "neighbor_average", True),
+        ({"name": "d-nasa", "grad_point": "half"}, "neighbor_average", True),
+        ({"name": "choco"}, "neighbor_gather", True),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else None,
+)
+def test_what_a_rule_sends_during_the_gradient_lies_beside_it(
+    tmp_path, algorithm, operation, overlaps
+):
+    config = {
+        "task": {"name": "digits", "model": "mlp"},
+        "oracle": {"name": "backprop", "batch_size": 64},
+        "algorithm": algorithm,
+        "topology": {"name": "ring"},
+        "ranks": 2,
+        "steps": 20,
+        "transport": "native",
+        "trace": True,
+    }
+    if algorithm["name"] != "d-nasa":
+        config["optimizer"] = {"name": "sgd", "lr": 0.1}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
+    done = subprocess.run(
+        [sys.executable, "-m", "gossamer", "run", "run.yaml", "--processes=2", "--out=out"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("out/**/trace.json")
+    events = json.loads(path.read_text())["traceEvents"]
+    found = [lie_beside_each_other(events, process, operation) for process in range(2)]
+    assert found == [overlaps] * 2
