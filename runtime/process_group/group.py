@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import Store
 
 from gossamer.runtime.errors import CommError
 from gossamer.runtime.meeting import StoreGather, hosts_of, meet_on_host
+from gossamer.runtime.process_group.base import NamedGroup
 from gossamer.runtime.process_group.collectives import Collectives
 from gossamer.runtime.process_group.point_to_point import PointToPoint
 from gossamer.runtime.process_group.tensors import (
@@ -48,7 +49,7 @@ def create(options: Any, _: Any = None) -> GossamerGroup:
     )
 
 
-class GossamerGroup(dist.ProcessGroup):
+class GossamerGroup(NamedGroup):
     """A group of ranks on one host.
 
     Collectives run one after another on a thread of the group's own, in the order they are called,
@@ -56,9 +57,6 @@ class GossamerGroup(dist.ProcessGroup):
     nothing else is under way. Sends and receives go beside them. The first failure of a group is
     final: every later call raises it again.
     """
-
-    # torch asks a group's backend of a device, which is the group itself.
-    supports_splitting = supports_coalescing = supports_time_estimate = False
 
     def __init__(
         self,
@@ -80,8 +78,7 @@ class GossamerGroup(dist.ProcessGroup):
         Raises:
             CommError: they are on several hosts, or did not all come.
         """
-        super().__init__(rank, size)  # type: ignore[call-arg]  # the form for subclasses
-        self._timeout = timeout
+        super().__init__(rank, size, timeout)
         gather = StoreGather(store, rank, size, timeout)
         hosts = hosts_of(gather)
         if len(hosts) > 1:
@@ -94,10 +91,9 @@ class GossamerGroup(dist.ProcessGroup):
         self._collectives = Collectives(meet_on_host(gather, rank, members, global_ranks))
         self._p2p = PointToPoint(meet_on_host(gather, rank, members, global_ranks))
         self._line = Line("gossamer-group")
-        self._names = list(global_ranks)
+        self._ranks = list(global_ranks)
         self._calls = 0
         self._batch: list[GroupWork] | None = None
-        self._other_devices: dict[str, dist.ProcessGroup] = {}
 
     # --- collectives ------------------------------------------------------------------------
 
@@ -292,7 +288,7 @@ class GossamerGroup(dist.ProcessGroup):
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> GroupWork:
         """Start to send a tensor to rank ``peer`` of the group."""
         (x,) = tensors
-        operation = f"send to rank {self._names[peer]}"
+        operation = f"send to rank {self._ranks[peer]}"
         future = self._p2p.send(peer, flatten(x), tag, operation, self._timeout.total_seconds())
         return self._work(future, operation, tensors)
 
@@ -300,7 +296,7 @@ class GossamerGroup(dist.ProcessGroup):
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> GroupWork:
         """Start to receive a tensor from rank ``peer`` of the group."""
         (out,) = tensors
-        operation = f"recv from rank {self._names[peer]}"
+        operation = f"recv from rank {self._ranks[peer]}"
         future = self._p2p.receive(peer, out, tag, operation, self._timeout.total_seconds())
         return self._work(future, operation, tensors)
 
@@ -313,15 +309,7 @@ class GossamerGroup(dist.ProcessGroup):
         """
         raise CommError("recv: backend gossamer needs the sender's rank: recv(tensor, src=...)")
 
-    # --- what torch asks of a group ---------------------------------------------------------
-
-    def getBackendName(self) -> str:
-        """Return ``gossamer``."""
-        return "gossamer"
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Set the timeout of the operations to come."""
-        self._timeout = timeout
+    # --- beginning and end ------------------------------------------------------------------
 
     def shutdown(self) -> None:
         """Finish what is under way and leave; may be called twice."""
@@ -332,14 +320,6 @@ class GossamerGroup(dist.ProcessGroup):
     def abort(self) -> None:
         """Leave; what has not started is dropped."""
         self._line.close(wait=False)
-
-    def _get_backend(self, device: torch.device) -> Any:
-        group = self._other_devices.get(device.type)
-        return self if group is None else group._get_backend(device)
-
-    def supports_tensor_alloc(self, device: torch.device) -> bool:
-        """Say that tensors need no memory of the group's own."""
-        return False
 
     def _start_coalescing(self, device: torch.device) -> None:
         if device.type != "cpu":
@@ -394,26 +374,3 @@ class GossamerGroup(dist.ProcessGroup):
             raise ValueError(
                 f"{name}: needs a tensor per rank, {self.size()}, got {len(tensors)} (gossamer)"
             )
-
-    def group_of(self, device: torch.device) -> dist.ProcessGroup:
-        """Return the group, of the same ranks, that moves tensors of another device.
-
-        Made when it is first asked for, which all ranks do in the same call.
-        """
-        if device.type not in self._other_devices:
-            config = dist.distributed_c10d._world.pg_backend_config.get(self, "")
-            backends = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
-            backend = backends.get(device.type, "gossamer")
-            if backend == "gossamer":
-                raise CommError(
-                    f"backend gossamer moves CPU tensors, got one on {device}; use "
-                    f"init_process_group('cpu:gossamer,{device.type}:nccl')"
-                )
-            group = dist.new_group(
-                dist.get_process_group_ranks(self),
-                timeout=self._timeout,
-                backend=f"{device.type}:{backend}",
-                use_local_synchronization=True,
-            )
-            self._other_devices[device.type] = group
-        return self._other_devices[device.type]
