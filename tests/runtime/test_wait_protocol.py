@@ -1,4 +1,4 @@
-"""The protocol of csrc/event.h and csrc/channel.h in every interleaving, and mistakes that it avoids.
+"""The protocol of csrc/event.h and csrc/channel.h in every interleaving, and its mistakes avoided.
 
 The programs below are those files' steps, in their order: ``post`` and ``consume`` of a channel,
 ``ring`` and ``wait_until`` of a bell. A row has two halves, and is written for every message anew.
