@@ -1,9 +1,10 @@
-"""The communicator under mpirun, over MPI and over shared memory, against the stacked one."""
+"""The communicator under mpirun, over MPI, shared memory and both, against the stacked one."""
 
 import pytest
 import torch
 
 from gossamer.runtime import Communicator, StackedTransport, open_transport
+from gossamer.runtime.transports.select import world_size
 from gossamer.topologies import build
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -12,10 +13,21 @@ N = 6
 GRAPHS = ["ring", "exponential", "one_peer_exponential", "star", "complete", "directed_ring"]
 
 
-@pytest.fixture(scope="module", params=["mpi", "native"])
+def halves(group):
+    """As if each half of the processes were a host."""
+    processes = list(range(group.transport.processes))
+    return [processes[: len(processes) // 2], processes[len(processes) // 2 :]]
+
+
+@pytest.fixture(scope="module", params=["mpi", "native", "hybrid"])
 def transport(request):
     """One transport for all tests."""
-    opened = open_transport(request.param, timeout_s=60)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "hybrid":
+            if world_size() < 3:
+                pytest.skip("two processes on two hosts share no memory")
+            patch.setattr("gossamer.runtime.transports.native.hosts_of", halves)
+        opened = open_transport(request.param, timeout_s=60)
     assert opened.name == request.param
     yield opened
     opened.close()
@@ -130,3 +142,17 @@ def test_bytes_are_those_of_the_edges_whoever_shares_a_process(transport):
     here = slice(comm.ranks.start, comm.ranks.stop)
     assert comm.traffic.bytes_sent.tolist() == stacked.traffic.bytes_sent[here].tolist()
     assert stacked.traffic.bytes_sent.tolist() == [37 * 4 * (N - 1)] + [37 * 4] * (N - 1)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_hierarchical_average_is_that_of_the_flat_graph_to_rounding(rounds, transport):
+    topology = build("ring", 8, hierarchical={"local": 4})
+    comm, stacked = Communicator(topology, transport), Communicator(topology, StackedTransport())
+    full = stacked.random("x").normal_(stacked.alloc(100_000))
+    x = comm.alloc(100_000).copy_(full[comm.ranks.start : comm.ranks.stop])
+    comm.neighbor_average(x, out=x, rounds=rounds, axpy=(0.5, x.clone()))
+    expected = stacked.neighbor_average(full, rounds=rounds, axpy=(0.5, full))
+    # Sharded, an element is a sum of other partial sums; the other transports keep the bits.
+    tolerance = 1e-6 if transport.name == "hybrid" else 0
+    mine = expected[comm.ranks.start : comm.ranks.stop]
+    torch.testing.assert_close(x, mine, rtol=0, atol=tolerance)
