@@ -145,7 +145,7 @@ def _measure(world: World, operation: str, count: int, options: Options) -> Row 
     degree = len(round_.sources) / n if kind == "average" else None
     row: Row = {"transport": transport.name, "operation": operation, "ranks": n, "degree": degree}
     row |= {"dtype": options.dtype, "bytes": row_bytes}
-    row |= {"bytes_to_move": bytes_to_move(kind, n, round_, row_bytes)}
+    row["bytes_to_move"], row["bytes_once"] = bytes_to_move(kind, n, round_, row_bytes)
     row |= _figures("us", times[ours.name])
     plain = ways[1].name
     for key, name in (("torch", plain), ("mpi", PlainMPI.name)):
@@ -165,6 +165,7 @@ def _add_limit(row: Row, bytes_per_s: float | None) -> None:
     row["triad_gbps"] = bytes_per_s and bytes_per_s / 1e9
     row["limit_us"] = bytes_per_s and 1e6 * row["bytes_to_move"] / bytes_per_s
     row["share"] = bytes_per_s and row["limit_us"] / row["us"]
+    row["share_once"] = bytes_per_s and 1e6 * row["bytes_once"] / bytes_per_s / row["us"]
 
 
 def _check(comm: Communicator, ways: Sequence[Way], kind: str, count: int, dtype: str) -> None:

@@ -25,20 +25,24 @@ FORMULAS = (
     "average: every rank reads its own row and its neighbours' and writes one: "
     "sum over ranks of (degree + 2) rows",
     "all_reduce: each row is read once and each result written once: 2 n rows",
-    "broadcast: n - 1 rows are read (the root's, perhaps from cache) and n - 1 written",
+    "broadcast: n - 1 rows are read and n - 1 written",
     "all_gather: every rank reads n rows and writes n: 2 n^2 rows",
+    "a row that several ranks read at about the same time may come from a cache they share: 'once' "
+    "is the share\n  where each row is read from memory once (2 n, 2 n, n, n + n^2 rows), "
+    "which rows beyond the caches cannot beat",
 )
 
 
-def bytes_to_move(kind: str, n: int, round_: Round, row_bytes: int) -> int:
-    """Return the bytes that all ranks together read and write at least: ``FORMULAS``."""
+def bytes_to_move(kind: str, n: int, round_: Round, row_bytes: int) -> tuple[int, int]:
+    """Return the bytes that all ranks together read and write, and those of reading rows once."""
     rows = {
-        "average": len(round_.sources) + 2 * n,
-        "all_reduce": 2 * n,
-        "broadcast": 2 * (n - 1),
-        "all_gather": 2 * n * n,
+        "average": (len(round_.sources) + 2 * n, 2 * n),
+        "all_reduce": (2 * n, 2 * n),
+        "broadcast": (2 * (n - 1), n),
+        "all_gather": (2 * n * n, n + n * n),
     }
-    return rows[kind] * row_bytes
+    each, once = rows[kind]
+    return each * row_bytes, once * row_bytes
 
 
 def memory_bytes() -> int:

@@ -70,6 +70,7 @@ def collectives(
             "/ ours ": text("torch_ratio", "{:.2f}"),
             "limit us": text("limit_us", "{:.1f}"),
             "share": text("share", "{:.0%}"),
+            "once": text("share_once", "{:.0%}"),
         },
         title="collectives",
         as_json=as_json,

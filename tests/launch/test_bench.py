@@ -191,11 +191,11 @@ def test_overlap_computes_and_averages_in_turn_and_beside():
 
 def test_what_must_move_counts_rows_read_and_written():
     ring, directed = build("ring", 4).round(0), build("directed_ring", 4).round(0)
-    assert bytes_to_move("average", 4, ring, 10) == 4 * (2 + 2) * 10
-    assert bytes_to_move("average", 4, directed, 10) == 4 * (1 + 2) * 10
-    assert bytes_to_move("all_reduce", 4, ring, 10) == 2 * 4 * 10
-    assert bytes_to_move("broadcast", 4, ring, 10) == 2 * 3 * 10
-    assert bytes_to_move("all_gather", 4, ring, 10) == 2 * 16 * 10
+    assert bytes_to_move("average", 4, ring, 10) == (4 * (2 + 2) * 10, 2 * 4 * 10)
+    assert bytes_to_move("average", 4, directed, 10) == (4 * (1 + 2) * 10, 2 * 4 * 10)
+    assert bytes_to_move("all_reduce", 4, ring, 10) == (2 * 4 * 10, 2 * 4 * 10)
+    assert bytes_to_move("broadcast", 4, ring, 10) == (2 * 3 * 10, 4 * 10)
+    assert bytes_to_move("all_gather", 4, ring, 10) == (2 * 16 * 10, 20 * 10)
 
 
 @pytest.mark.parametrize(
