@@ -11,9 +11,10 @@ from gossamer.topologies.topology import Topology
 class HierarchicalTopology(Topology):
     """W(t) = W_M(t) kron J_L: rank = machine * L + local rank; rho(W) = rho(W_M).
 
-    A runtime may execute it sharded: reduce-scatter within the machine, local rank l exchanges
-    shard l with local rank l of the neighbor machines, all-gather within the machine. That sends
-    1/L of the message per rank and neighbor machine instead of all of it.
+    The runtime executes it sharded where the machines are the hosts of its `hybrid` transport:
+    reduce-scatter within the machine, local rank l exchanges shard l with local rank l of the
+    neighbor machines, all-gather within the machine. That sends 1/L of the message per rank and
+    neighbor machine. On every other transport it is the flat graph of W.
 
     Attributes:
         machines: the schedule W_M among machines.

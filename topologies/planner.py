@@ -127,11 +127,11 @@ def plan(
     """Compare the topologies for a job and recommend one, by a fixed rule.
 
     1. Up to 4 parties, or one machine: all-reduce. 2. Several ranks per machine: the rule applies
-    to the machines, each rank exchanging its shard. 3. Goal 'per_step' (training): of the schedules
-    that contract by ``rho_max`` a round or better, the cheapest round; of equal ones an exact
-    schedule, then the fewest rounds. With heterogeneous data: the base graph of most peers that
-    still hides behind the computation of a step. 4. Goal 'average': the least total time,
-    all-reduce included.
+    to the machines, each rank exchanging its shard, as the `hybrid` transport does. 3. Goal
+    'per_step' (training): of the schedules that contract by ``rho_max`` a round or better, the
+    cheapest round; of equal ones an exact schedule, then the fewest rounds. With heterogeneous
+    data: the base graph of most peers that still hides behind the computation of a step. 4. Goal
+    'average': the least total time, all-reduce included.
 
     Args:
         ranks: n.

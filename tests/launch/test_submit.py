@@ -238,7 +238,7 @@ def test_a_real_slurm_runs_the_job_to_the_bits_of_one_process(job, tmp_path, lau
         json.loads((folder / "summary.json").read_text())
         for folder in (tmp_path / "here", tmp_path / "job" / "ring")
     )
-    assert (there["transport"], there["processes"]) == ("gloo", 4)
+    assert (there["transport"], there["processes"]) == ("native", 4)
     assert there["parameters_sha256"] == here["parameters_sha256"]
 
 
