@@ -1,10 +1,7 @@
 // Messages from one process to another: a ring of slots in the sender's shared memory.
 //
-// Why nothing half-written is read. The sender writes a slot (and the rows that it points to) and
-// then stores `posted`; the receiver loads `posted` and then reads: the load synchronises with the
-// store. The receiver stores `consumed` after its last read of the slot and the rows, and the
-// sender loads `consumed` before it writes either again. Each counter has one writer. They count
-// modulo 2^32 and are compared by their difference, at most kSlots apart.
+// Why nothing half-written is read and nothing is overwritten too early: event.h. Each counter has
+// one writer. They count modulo 2^32 and are compared by their difference, at most kSlots apart.
 #pragma once
 
 #include <atomic>
@@ -31,8 +28,8 @@ static_assert(sizeof(Message) == 256);
 struct Channel {
   static constexpr std::uint32_t kSlots = 16;
 
-  alignas(64) std::atomic<std::uint32_t> posted;
-  alignas(64) std::atomic<std::uint32_t> consumed;
+  alignas(64) std::atomic<std::uint32_t> posted;    // messages, by the sender
+  alignas(64) std::atomic<std::uint32_t> consumed;  // messages, by the receiver
   std::atomic<std::uint32_t> read;  // pieces, of rows that the sender overwrites piece by piece
   alignas(64) Message slots[kSlots];
 
@@ -40,7 +37,7 @@ struct Channel {
 
   // Message number `number` (from 0) can be read.
   [[nodiscard]] bool has(std::uint32_t number) const noexcept {
-    return posted.load(std::memory_order_seq_cst) != number;  // never more than one behind
+    return posted.load(std::memory_order_seq_cst) != number;  // the oldest: never further behind
   }
   // All of the first `count` messages were read.
   [[nodiscard]] bool done(std::uint32_t count) const noexcept {

@@ -1,16 +1,40 @@
 // Waiting for another process: a short spin, then sleep until its bell rings.
 //
-// Why no wake-up is lost. Each process has one bell in its own shared memory. A waiter says that it
-// sleeps, notes the bell's number, looks once more at what it waits for, and only then asks the
-// kernel to sleep unless the number has changed. Whoever changes something for that process stores
-// the change first, and then looks whether the process sleeps; if so it moves the number and wakes
-// it. All four are sequentially consistent, so in their one order either the change comes before
-// the waiter's last look, which sees it, or the waiter's "I sleep" comes before the other's look,
-// which then moves the number: before the waiter noted it (and then the waiter sees the change,
-// which is older), between the note and the sleep (and then the kernel does not let it sleep), or
-// during the sleep (and then it wakes).
+// The protocol, and why it holds. A channel (channel.h) has three counters in shared memory, each
+// with one writer: `posted` is the sender's, `consumed` and `read` are the receiver's. A process
+// has one bell in its own segment, which its peers ring.
 //
-// A process has one waiter at a time (Group's mutex), so one bell is enough whatever it waits for.
+// No row is read half-written. The sender writes the slot, and the rows that it points to, and then
+// stores `posted`; the receiver reads them after it loaded a `posted` that counts the message: the
+// load synchronises with the store.
+//
+// No row is overwritten while it is read. The receiver stores `consumed` (or `read`, of one piece)
+// after its last read; the sender writes a slot or a row again after it loaded a counter that
+// covers it. The one exception: a process whose call failed may do with its rows as it likes. It
+// first says so (Group::failed), and a reader looks for that after it has read, before it believes
+// a row.
+//
+// No wake-up is lost. A waiter (1) stores `sleeping` = 1, (2) notes the bell's number, (3) looks
+// once more at what it waits for, and (4) lets the kernel put it to sleep unless the number has
+// moved since. Whoever changes something for that process (a) stores the change, (b) loads
+// `sleeping`, and where that is not 0 (c) moves the number and (d) wakes it. 1, 2, 3, a, b and c
+// are sequentially consistent: release stores would not do, as 3 could then pass 1 in the store
+// buffer, or b pass a. In their one order either a comes before 3, which sees the change; or 1
+// comes before b, which sees the 1, and then c comes before 2 (so a comes before 3, which sees the
+// change), between 2 and 4 (so the kernel does not let it sleep: it compares and queues as one
+// step), or after 4 (so d wakes it). That `sleeping` goes back to 0 late costs a needless wake-up
+// at most. It does not matter what is waited for, nor that a ring for something else may come: the
+// waiter looks and sleeps again. A process has one waiter at a time (Group's mutex), so one bell is
+// enough.
+//
+// Nobody waits for a dead process. A sleep lasts one slice (50 ms) at most; then the waiter looks
+// whether the peer lives, has left or has failed, and whether its time is up; and once more at what
+// it waits for, which may have come before the peer's end. A process killed between any two steps
+// either stored a counter, and then all that it covers is whole, or did not, and then nobody reads
+// it; if it did not come to ring, the slice ends the sleep.
+//
+// tests/runtime/test_wait_protocol.py goes through every interleaving of these steps, with kills
+// and with x86's store buffers, and shows that none can be left out.
 #pragma once
 
 #include <atomic>

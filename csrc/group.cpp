@@ -114,6 +114,7 @@ bool Group::owns(std::uintptr_t address, std::size_t bytes) const noexcept {
 }
 
 void Group::close() {
+  if (in_forked_child()) return;
   const std::lock_guard lock(mutex_);
   std::uint32_t open = kOpen;
   if (!header(process_).state.compare_exchange_strong(open, kClosed)) return;
@@ -121,6 +122,8 @@ void Group::close() {
     if (segments_[p]) header(p).bell.ring();
   }
 }
+
+bool Group::in_forked_child() const noexcept { return own_->ticket().pid != getpid(); }
 
 Group::Header& Group::header(std::uint32_t process) const noexcept {
   return *reinterpret_cast<Header*>(segments_[process]->data());
@@ -341,6 +344,7 @@ Exchange::Exchange(std::shared_ptr<Group> group, std::vector<Transfer> sends,
 }
 
 Exchange::~Exchange() {
+  if (group_->in_forked_child()) return;
   const std::lock_guard lock(group_->mutex_);
   if (finished()) return;
   // Its buffers are about to go: what the peers expect can no longer come.

@@ -111,6 +111,9 @@ class Group : public std::enable_shared_from_this<Group> {
     std::vector<std::pair<std::uint32_t, std::uint32_t>> until;  // (peer, messages consumed)
   };
 
+  // A child that this process forked, a data loader's worker say, shares the memory but is no
+  // member: what it drops at its end stays open.
+  [[nodiscard]] bool in_forked_child() const noexcept;
   [[nodiscard]] Header& header(std::uint32_t process) const noexcept;
   [[nodiscard]] Channel& channel(std::uint32_t from, std::uint32_t to) const noexcept;
   [[nodiscard]] std::byte* at(std::uint32_t process, std::uint64_t offset) const noexcept {
