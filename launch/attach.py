@@ -63,7 +63,7 @@ def init(
         ConfigError: a name is unknown, or the topology does not fit the number of processes.
     """
     global _default
-    graph = _topology(topology, world_size())
+    graph = as_topology(topology, world_size())
     opened = open_transport(transport, timeout_s=timeout_s)
     _default = Communicator(graph, opened, seed=seed, timeout_s=timeout_s)
     atexit.register(_default.close)
@@ -340,7 +340,8 @@ def _algorithm(
     return rule
 
 
-def _topology(topology: str | Mapping[str, Any] | Topology, n: int) -> Topology:
+def as_topology(topology: str | Mapping[str, Any] | Topology, n: int) -> Topology:
+    """Return a topology as users write it, a name, a section or itself, for n ranks."""
     if isinstance(topology, Topology):
         return topology
     return build_topology({"name": topology} if isinstance(topology, str) else dict(topology), n)

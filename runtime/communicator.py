@@ -7,7 +7,7 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from time import perf_counter
@@ -51,6 +51,10 @@ class Work(Generic[T]):
     def done(self) -> bool:
         """Say whether ``wait`` would return at once."""
         return self._future.done()
+
+    def add_done_callback(self, callback: Callable[[], object]) -> None:
+        """Call ``callback`` when the operation is over, on the thread that it runs on."""
+        self._future.add_done_callback(lambda _: callback())
 
 
 class Communicator(RankGroup):

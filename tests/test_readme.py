@@ -56,3 +56,18 @@ def test_the_training_loop_of_the_readme_runs(launcher, tmp_path, launch_environ
     assert sorted(rank for rank, _, _ in printed) == ["0", "1", "2", "3"]
     assert len({consensus for _, _, consensus in printed}) == 1
     assert all(float(loss) < 4 for _, loss, _ in printed)  # about 4 without training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["gossip"]])
+def test_the_ddp_script_of_the_readme_runs(arguments, tmp_path, launch_environment):
+    (tmp_path / "ddp.py").write_text(block("python", "ddp.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "ddp.py", *arguments]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=launch_environment
+    )
+    assert done.returncode == 0, done.stderr
+    losses = dict(re.findall(r"rank (\d): loss ([\d.]+)", done.stdout))
+    assert sorted(losses) == ["0", "1", "2", "3"]
+    assert all(float(loss) < 1 for loss in losses.values())  # about 3 without training

@@ -18,6 +18,7 @@ __all__ = [
     "TRANSPORTS",
     "Launcher",
     "detect_launcher",
+    "join_torch",
     "open_transport",
     "process_index",
     "transport_name",
@@ -119,6 +120,20 @@ def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport
         return _open(name, launcher, timeout_s)
     meeting = _open("mpi" if launcher == "mpi" else "gloo", launcher, timeout_s)
     return _share_memory(name, meeting, timeout_s)
+
+
+def join_torch(device: torch.device, timeout_s: float) -> Transport:
+    """Open a transport of the processes of torch.distributed's default group, which is there.
+
+    Args:
+        device: where rows are; on the CPU ``auto`` of ``open_transport`` follows.
+        timeout_s: bound of every wait.
+    """
+    from gossamer.runtime.transports.torch_distributed import GlooTransport, NcclTransport
+
+    if device.type == "cuda":
+        return NcclTransport(timeout_s)
+    return _share_memory("auto", GlooTransport(timeout_s), timeout_s)
 
 
 def _share_memory(name: str, meeting: Transport, timeout_s: float) -> Transport:

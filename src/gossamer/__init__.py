@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, Task
     from gossamer.launch.attach import attach, init
+    from gossamer.launch.gossip_hook import GossipState, gossip_hook
     from gossamer.runtime import Communicator, combine, row_norm
     from gossamer.topologies import Topology
 
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Algorithm",
     "Communicator",
+    "GossipState",
     "Optimizer",
     "Oracle",
     "Task",
@@ -23,6 +25,7 @@ __all__ = [
     "__version__",
     "attach",
     "combine",
+    "gossip_hook",
     "init",
     "row_norm",
 ]
@@ -31,12 +34,14 @@ __all__ = [
 _HOME = {
     "Algorithm": "gossamer.algorithms.protocols",
     "Communicator": "gossamer.runtime",
+    "GossipState": "gossamer.launch.gossip_hook",
     "Optimizer": "gossamer.algorithms.protocols",
     "Oracle": "gossamer.algorithms.protocols",
     "Task": "gossamer.algorithms.protocols",
     "Topology": "gossamer.topologies",
     "attach": "gossamer.launch.attach",
     "combine": "gossamer.runtime",
+    "gossip_hook": "gossamer.launch.gossip_hook",
     "init": "gossamer.launch.attach",
     "row_norm": "gossamer.runtime",
 }

@@ -1,6 +1,6 @@
 """One rank of test_process_group.py: every check compares backend gossamer with gloo.
 
-The script says nothing of Gossamer but the backend's name.
+Gossamer is imported for its gossip hook alone; the backend needs no import (test_readme.py).
 """
 
 import itertools
@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+import gossamer
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
 SIZES = [0, 1, 7, 1000, 70_001]  # inline, one message, whole rows, pieces
@@ -362,6 +364,68 @@ def check_fully_shard():
         return losses(model)
 
     same(run, exact=N == 2)
+
+
+def gossip_steps(group, topology):
+    """Train with the hook; each step's gradients must be W(t) times everyone's own."""
+    state = gossamer.GossipState(topology, timeout_s=60)
+    model = DistributedDataParallel(net(), process_group=group, bucket_cap_mb=0.01)
+    model.register_comm_hook(state, gossamer.gossip_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(RANK)
+    for t in range(5):
+        batches = torch.randn(2, 8, 16, generator=generator)
+        own = [torch.zeros_like(p) for p in model.parameters()]
+        for x in batches:
+            gradients = torch.autograd.grad(model.module(x).square().mean(), model.parameters())
+            own = [a + g for a, g in zip(own, gradients, strict=True)]
+        optimizer.zero_grad()
+        assert state.comm.round == t
+        with model.no_sync():
+            model(batches[0]).square().mean().backward()
+        assert state.comm.round == t
+        model(batches[1]).square().mean().backward()
+        assert state.comm.round == t + 1
+        flat = torch.cat([g.reshape(-1) for g in own])
+        rows = torch.empty(N * len(flat))
+        dist.all_gather_single(rows, flat)
+        expected = state.comm.topology.round(t).apply(rows.view(N, -1).double().numpy())[RANK]
+        found = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+        optimizer.step()
+    assert len(model.reducer._get_zeros_like_grad_buckets()) > 1
+    state.close()
+
+
+def gossip_on_parameters():
+    state = gossamer.GossipState("ring", average="parameters", timeout_s=60)
+    model = DistributedDataParallel(net(), bucket_cap_mb=0.01)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(RANK)
+    model.register_comm_hook(state, gossamer.gossip_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for t in range(3):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * t + RANK))
+        before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        own = torch.autograd.grad(model.module(x).square().mean(), model.parameters())
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        rows = torch.empty(N * len(before))
+        dist.all_gather_single(rows, before)
+        mixed = state.comm.topology.round(t).apply(rows.view(N, -1).numpy())[RANK]
+        expected = torch.from_numpy(mixed) - 0.1 * torch.cat([g.reshape(-1) for g in own])
+        found = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    state.close()
+
+
+def check_gossip_hook():
+    gossip_on_parameters()
+    for topology in ("ring", "one_peer_exponential", "complete"):
+        gossip_steps(OURS, topology)
+    gossip_steps(GLOO, "ring")
 
 
 if __name__ == "__main__":

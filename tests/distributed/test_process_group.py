@@ -20,7 +20,7 @@ def torchrun(ranks, script, environment, *arguments):
 def test_every_collective_gives_what_gloo_gives(ranks, launch_environment):
     done = torchrun(ranks, WORKER, launch_environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split()[-1] == "check_fully_shard"
+    assert done.stdout.split()[-1] == "check_gossip_hook"
 
 
 LEAVES = """
