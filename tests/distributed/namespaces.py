@@ -2,9 +2,9 @@
 
 import contextlib
 import itertools
-import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +14,14 @@ from pathlib import Path
 _PREFIX = "gossamer-test"
 _MASTER_PORT = "29500"  # the namespaces share it with nobody
 _DEVICE = "eth0"
+
+
+# $1: the host; the rest: what to run there. To mpirun a host is its name.
+_AGENT = """#!/bin/sh
+host=$1; shift
+exec ip netns exec "$host" unshare --uts --mount sh -c \\
+  "mount --bind '{names}' /etc/hosts && hostname '$host' && $*"
+"""
 
 
 def _ip(*arguments):
@@ -118,7 +126,28 @@ class Hosts:
         assert not any(statuses), f"{statuses}\n" + "\n".join(o[-3000:] for o in outputs)
         return outputs
 
-    def sent_bytes(self, host):
-        """Return how many bytes have left ``host`` so far, by its interface's counter."""
-        shown = json.loads(_ip("-n", self.names[host], "-s", "-j", "link", "show", "dev", _DEVICE))
-        return shown[0]["stats64"]["tx"]["bytes"]
+    def mpirun(self, slots, arguments, environment, folder, timeout_s=200):
+        """Run ``python *arguments`` under mpirun, ``slots`` times on each host; return its output.
+
+        Its daemons are started by a script in the place of ssh. Each host goes by its namespace's
+        name, in a UTS and a mount namespace of its own.
+        """
+        agent, hostfile, names = (folder / name for name in ("agent", "hostfile", "hosts"))
+        agent.write_text(_AGENT.format(names=names))
+        agent.chmod(0o700)
+        hostfile.write_text("".join(f"{name} slots={slots}\n" for name in self.names))
+        addresses = [f"10.9.0.{k + 1} {name}\n" for k, name in enumerate(self.names)]
+        names.write_text("".join(["127.0.0.1 localhost\n", *addresses]))
+        mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or "mpirun"
+        command = [mpirun, "--prtemca", "plm_ssh_agent", str(agent), "--hostfile", str(hostfile)]
+        command += ["--map-by", "slot:oversubscribe", "-n", str(slots * len(self.names))]
+        command += [sys.executable, "-m", "mpi4py", *arguments]
+        done = subprocess.run(
+            [str(agent), self.names[0], shlex.join(command)],
+            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,14 @@ def hosts():
 )
 def test_every_operation_has_the_stacked_bits(processes, n, hosts, launch_environment):
     hosts(len(processes)).run(processes, [WORKER, "battery", str(n)], launch_environment)
+
+
+@pytest.mark.slow
+def test_every_operation_has_the_stacked_bits_over_mpi(hosts, launch_environment, tmp_path):
+    unshare = ["unshare", "--uts", "--mount", "true"]  # to give the hosts names
+    if shutil.which("unshare") is None or subprocess.run(unshare, capture_output=True).returncode:
+        pytest.skip("mpirun needs a name per host: unshare --uts --mount is not permitted here")
+    hosts(2).mpirun(2, [WORKER, "battery", "8"], launch_environment, tmp_path)
 
 
 @pytest.mark.slow
