@@ -14,6 +14,9 @@ from harness import until, write_yaml
 
 from gossamer.runtime.checkpoint import Checkpoint, latest
 
+MEETING_S = 8
+"""While two meet, each step of it waits that long for one that was killed."""
+
 TIMES = ("seconds", "seconds_compute", "seconds_communicate")
 STEPS = 24
 RUN = {"steps": STEPS, "log_every": 4, "checkpoint_every": 2, "timeout_s": 30, "seed": 5}
@@ -114,11 +117,11 @@ def test_two_processes_killed_end_as_if_they_had_not_been(zygote, undisturbed, t
     for k, fraction in enumerate(np.random.default_rng(7).uniform(0.2, 1.0, 4)):
         folder = tmp_path / f"{k}"
         folder.mkdir()
-        write_yaml(folder / "run.yaml", **RUN)
+        write_yaml(folder / "run.yaml", **RUN | {"timeout_s": MEETING_S})
         children = zygote.start_ranks(folder, ["run", "run.yaml", "--out", "out"], 2)
         kill_after(children[k % 2], seconds * fraction)  # the other one loses its peer
         for child in children:
-            child.wait()
+            child.wait(10 * MEETING_S)
         # What one process wrote, another number of processes continues.
         finish(zygote, folder)
         assert outcome(folder / "out") == expected, (k, fraction)

@@ -37,11 +37,15 @@ def failed_at(folder):
     return path.exists() and '"step": 3,' in path.read_text() and time.monotonic()
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("transport", "processes"), [("native", 2), ("native", 4), ("gloo", 2), ("gloo", 4)]
+)
 @pytest.mark.parametrize("fault", ["raise", "sleep", "stop", "kill"])
-def test_the_others_notice_and_name_peer_and_operation(zygote, job, tmp_path, fault, processes):
-    file = job(fault)
-    children = zygote.start_ranks(tmp_path, ["run", file, "--out", "out"], processes)
+def test_the_others_notice_and_name_peer_and_operation(
+    zygote, job, tmp_path, fault, transport, processes
+):
+    command = ["run", job(fault), "--out", "out", "--transport", transport]
+    children = zygote.start_ranks(tmp_path, command, processes)
     victim = children[1 * processes // 4]
     others = [child for child in children if child is not victim]
     failed = until(lambda: failed_at(tmp_path), 60, "step 3")
@@ -53,6 +57,7 @@ def test_the_others_notice_and_name_peer_and_operation(zygote, job, tmp_path, fa
         assert "process " in child.stderr
     heard = "".join(child.stderr for child in others)
     assert "neighbor_average" in heard
+    assert f"({transport}" in heard
     index = children.index(victim)
     if fault in ("sleep", "stop"):
         assert f"no answer from process {index} within {TIMEOUT_S} s" in heard
