@@ -113,10 +113,12 @@ def _measure(comm: Communicator, count: int, options: Options) -> Row:
     def slowest(mine: torch.Tensor) -> torch.Tensor:
         return comm.all_reduce(mine.reshape(1, -1), "max", count=False)
 
-    # As much computation as communication: the median of a few decides, on all ranks alike.
-    first = torch.tensor([[timed(case) for case in (compute, communicate)] for _ in range(9)])
-    one, average = slowest(first).reshape(9, 2).median(dim=0).values.tolist()
-    repeats = max(1, round(average / one))
+    # As much computation as communication: the median of a few decides, on all ranks alike. A
+    # single product says little of many, so that the second guess starts from the first.
+    for _ in range(2):
+        first = torch.tensor([[timed(case) for case in (compute, communicate)] for _ in range(9)])
+        computed, average = slowest(first).reshape(9, 2).median(dim=0).values.tolist()
+        repeats = max(1, round(repeats * average / computed))
 
     cases = (compute, communicate, in_turn, beside)
     mine = torch.zeros(options.iters, len(cases), dtype=torch.float64)
