@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <set>
 #include <string>
 
@@ -116,11 +117,13 @@ bool in_use(const Job& job) {
   namespace fs = std::filesystem;
   std::error_code ignored;  // processes end while we look
   for (const auto& process : fs::directory_iterator("/proc", ignored)) {
-    for (const char* folder : {"fd", "map_files"}) {
-      for (const auto& file : fs::directory_iterator(process.path() / folder, ignored)) {
-        if (fs::read_symlink(file.path(), ignored).string().find(name) != std::string::npos) {
-          return true;
-        }
+    std::ifstream maps(process.path() / "maps");
+    for (std::string line; std::getline(maps, line);) {
+      if (line.find(name) != std::string::npos) return true;
+    }
+    for (const auto& file : fs::directory_iterator(process.path() / "fd", ignored)) {
+      if (fs::read_symlink(file.path(), ignored).string().find(name) != std::string::npos) {
+        return true;
       }
     }
   }

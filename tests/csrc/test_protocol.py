@@ -76,7 +76,7 @@ def plain_addresses():
 @pytest.mark.parametrize("seed", range(TIMES))
 def test_threads_as_ranks_have_no_race_and_the_serial_bits(programs, seed):
     program = programs["thread"] / "protocol_threads"
-    assert run(program, seed, 150, prefix=plain_addresses()) == "1050 rounds\n"
+    assert run(program, seed, 100, prefix=plain_addresses()) == "700 rounds\n"
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_threads_as_ranks_have_no_race_and_the_serial_bits(programs, seed):
 @pytest.mark.parametrize("seed", range(TIMES))
 def test_processes_have_the_serial_bits_and_leave_nothing(programs, seed):
     program = programs["address"] / "protocol_processes"
-    assert run(program, "run", seed, 150) == "1050 rounds\n"
+    assert run(program, "run", seed, 100) == "700 rounds\n"
 
 
 @pytest.mark.slow
