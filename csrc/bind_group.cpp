@@ -164,6 +164,23 @@ std::int64_t sum(Group& group, std::uintptr_t x, std::size_t x_stride,
                                     .timeout_s = timeout_s}));
 }
 
+std::int64_t gather(Group& group, std::uintptr_t x, std::size_t x_stride,
+                    const std::vector<std::uint32_t>& counts, std::uintptr_t out,
+                    std::size_t row_bytes, double timeout_s) {
+  const Release release;
+  return pack(gossamer::gather(group, {.x = {x, counts.at(group.process()), x_stride},
+                                       .counts = counts,
+                                       .out = out,
+                                       .row_bytes = row_bytes,
+                                       .timeout_s = timeout_s}));
+}
+
+std::int64_t broadcast(Group& group, std::uintptr_t x, std::uint32_t root, std::uintptr_t out,
+                       std::size_t row_bytes, double timeout_s) {
+  const Release release;
+  return pack(gossamer::broadcast(group, {x, root, out, row_bytes, timeout_s}));
+}
+
 }  // namespace
 
 void bind_group(nb::module_& m) {
@@ -188,6 +205,9 @@ void bind_group(nb::module_& m) {
            "y_stride"_a, "a"_a, "d"_a, "dtype"_a, "rounds"_a, "num_threads"_a, "timeout_s"_a)
       .def("sum", &sum, "x"_a, "x_stride"_a, "counts"_a, "out"_a, "d"_a, "dtype"_a, "divisor"_a,
            "timeout_s"_a)
+      .def("gather", &gather, "x"_a, "x_stride"_a, "counts"_a, "out"_a, "row_bytes"_a,
+           "timeout_s"_a)
+      .def("broadcast", &broadcast, "x"_a, "root"_a, "out"_a, "row_bytes"_a, "timeout_s"_a)
       .def("close", &Group::close, nb::call_guard<Release>());
   nb::class_<AveragePlan>(m, "AveragePlan", "One process's part of a round.")
       .def_static("create", &make_plan, "targets"_a, "staged_rows"_a, "most_staged"_a, "sources"_a,

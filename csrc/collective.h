@@ -14,7 +14,7 @@
 namespace gossamer {
 
 // Kinds of messages: one of another kind than expected means that processes went apart.
-enum class Kind : std::uint32_t { kTransfer = 0, kAverage = 1, kSum = 2, kResult = 3 };
+enum class Kind : std::uint32_t { kTransfer = 0, kAverage = 1, kSum = 2, kResult = 3, kGather = 4 };
 
 // Holds the group for the time of one operation.
 class Collective {

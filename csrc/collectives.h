@@ -57,4 +57,26 @@ struct SumCall {
 // out = the sum of all ranks' rows, added in ascending rank, over the divisor; on every process.
 Status sum(Group& group, const SumCall& call);
 
+struct GatherCall {
+  Rows x;                             // per hosted rank
+  std::vector<std::uint32_t> counts;  // rows of each process
+  std::uintptr_t out;                 // all ranks' rows, one after another
+  std::size_t row_bytes;
+  double timeout_s;
+};
+
+// out = every rank's row, in rank order; on every process.
+Status gather(Group& group, const GatherCall& call);
+
+struct BroadcastCall {
+  std::uintptr_t x;  // the row, on the root
+  std::uint32_t root;
+  std::uintptr_t out;  // may be x on the root
+  std::size_t row_bytes;
+  double timeout_s;
+};
+
+// out = the root's row; on every process.
+Status broadcast(Group& group, const BroadcastCall& call);
+
 }  // namespace gossamer

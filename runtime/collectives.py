@@ -55,6 +55,7 @@ class RankGroup:
         self.traffic = Traffic(self.local)
         self.step = 0
         self._shared = transport.shared
+        self._host_memory = transport.shared if self.device.type == "cpu" else None
         alone = [[p] for p in range(transport.processes)]
         hosts = transport.hosts if isinstance(transport, HybridTransport) else alone
         self._relay = relay_steps(hosts, transport.process)
@@ -95,9 +96,7 @@ class RankGroup:
             divisor = float(self.n) if op == "mean" else 1.0
             begin = perf_counter()
             status = self._shared.sum(x, out, self._counts, divisor, self.timeout_s)
-            self.traffic.spent("communicate", "all_reduce", self.step, begin)
-            if status != 0:
-                self._shared.check(status, f"step {self.step}: all_reduce", self.timeout_s)
+            self._finish(status, "all_reduce", begin)
             return out
         if self._gathers_whole(m * x.element_size()):
             blocks = self._scratch_blocks(x.contiguous())
@@ -144,16 +143,24 @@ class RankGroup:
             ValueError: ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
         """
         _check_out("broadcast", out, (1, x.shape[1]), x)
-        owner = int(self.placement.owner(np.asarray(root)))
-        bytes_sent = x.shape[1] * x.element_size() * (self.n - 1)
+        owner = self.placement.owner_of(root)
         if root in self.ranks and count:
+            bytes_sent = x.shape[1] * x.element_size() * (self.n - 1)
             self.traffic.bytes_sent[root - self.ranks.start] += bytes_sent
             self.traffic.messages_sent[root - self.ranks.start] += self.n - 1
         if out is None:
             out = torch.empty(1, x.shape[1], dtype=x.dtype, device=x.device)
         where = f"broadcast from rank {root}"
-        if self.transport.process == owner:
-            row = x[root - self.ranks.start].contiguous()  # of shared memory: read where it lies
+        here = self.transport.process == owner
+        if self._host_memory is not None:
+            row = x[root - self.ranks.start].contiguous() if here else None
+            self._settle()
+            begin = perf_counter()
+            status = self._host_memory.broadcast(row, out, owner, self.timeout_s)
+            self._finish(status, where, begin)
+            return out
+        if here:
+            row = x[root - self.ranks.start].contiguous()
             self._spread({owner: row}, where)
             if out.data_ptr() != row.data_ptr():
                 out[0].copy_(row)
@@ -230,6 +237,13 @@ class RankGroup:
             where = f"step {self.step}: {operation}"
             self.transport.exchange(sends, receives, where).wait(self.timeout_s)
 
+    def _finish(self, status: int, operation: str, begin: float) -> None:
+        """Count the time of a call to shared memory, and raise what its status stands for."""
+        self.traffic.spent("communicate", operation, self.step, begin)
+        if status != 0:
+            assert self._shared is not None
+            self._shared.check(status, f"step {self.step}: {operation}", self.timeout_s)
+
     def _count(self, bytes_sent: float, messages: int, count: bool) -> None:
         if count and self.n > 1:
             self.traffic.count(self._each, messages, round(bytes_sent))
@@ -237,9 +251,16 @@ class RankGroup:
     def _gather_rows(self, x: Tensor, operation: str, out: Tensor | None = None) -> Tensor:
         if self.transport.processes == 1 and out is None:
             return x.clone() if operation == "all_gather" else x
-        x = x.contiguous()
         if out is None:
             out = torch.empty(self.n, x.shape[1], dtype=x.dtype, device=x.device)
+        if self._host_memory is not None:
+            x = x if x.stride()[1] == 1 else x.contiguous()
+            self._settle()
+            begin = perf_counter()
+            status = self._host_memory.gather(x, out, self._counts, self.timeout_s)
+            self._finish(status, operation, begin)
+            return out
+        x = x.contiguous()
         out[self.ranks.start : self.ranks.stop] = x
         blocks = {self.transport.process: x}
         for p in self._others():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,3 +47,11 @@ class Placement:
     def owner(self, ranks: np.ndarray) -> np.ndarray:
         """Return the process that hosts each of ``ranks``."""
         return np.searchsorted(self.starts, ranks, side="right") - 1
+
+    def owner_of(self, rank: int) -> int:
+        """Return the process that hosts ``rank``."""
+        return bisect_right(self._starts, rank) - 1
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return self.starts.tolist()  # type: ignore[no-any-return]

@@ -179,6 +179,37 @@ class SharedMemory:
             timeout_s,
         )
 
+    def gather(self, x: Tensor, out: Tensor, counts: Sequence[int], timeout_s: float) -> int:
+        """Copy every rank's row into ``out``, in rank order; returns a status.
+
+        Args:
+            x: (local, m), rows contiguous, on the CPU, of any dtype.
+            out: (n, m), contiguous, of the same dtype.
+            counts: rows of each process.
+            timeout_s: for each wait.
+        """
+        size = x.itemsize
+        return self._group.gather(
+            x.data_ptr(),
+            x.stride()[0] * size,
+            counts,
+            out.data_ptr(),
+            x.shape[1] * size,
+            timeout_s,
+        )
+
+    def broadcast(self, x: Tensor | None, out: Tensor, root: int, timeout_s: float) -> int:
+        """Copy the row of process ``root`` into ``out``; returns a status.
+
+        Args:
+            x: (m,), contiguous, on the root; None on the others.
+            out: (1, m), contiguous; may be ``x`` on the root.
+            root: the process that has the row.
+            timeout_s: for each wait.
+        """
+        at = 0 if x is None else x.data_ptr()
+        return self._group.broadcast(at, root, out.data_ptr(), out.nbytes, timeout_s)
+
     def check(self, status: int, operation: str, timeout_s: float) -> None:
         """Raise what a status other than 0 stands for.
 

@@ -1,0 +1,120 @@
+#include <algorithm>
+#include <cstring>
+
+#include "collective.h"
+#include "collectives.h"
+
+namespace gossamer {
+namespace {
+
+class Gather : Collective {
+ public:
+  using Collective::Collective;
+  Status run(const GatherCall& call);
+  Status run(const BroadcastCall& call);
+
+ private:
+  // Sends the rows to `peers`: in the message, from where they lie (then `direct`), or staged.
+  Status send_rows(const Rows& x, std::size_t row_bytes, const std::vector<std::uint32_t>& peers,
+                   bool& direct);
+  // The rows of the next message of `peer`, one after another, at `out`.
+  Status take(std::uint32_t peer, std::size_t rows, std::size_t row_bytes, std::byte* out);
+  Status until_all_read(const std::vector<std::uint32_t>& peers, bool direct) {
+    if (!direct) return {};
+    for (const std::uint32_t p : peers) {
+      if (const Status s = until_read(p); !s.ok()) return s;
+    }
+    return {};
+  }
+  std::vector<std::uint32_t> all_peers() {
+    std::vector<std::uint32_t> peers;
+    each_peer([&](std::uint32_t p) {
+      peers.push_back(p);
+      return Status{};
+    });
+    return peers;
+  }
+};
+
+void copy_rows(const Rows& x, std::size_t row_bytes, std::byte* to) {
+  for (std::size_t r = 0; r < x.count; ++r) {
+    const auto* row = reinterpret_cast<const std::byte*>(x.row(r));
+    if (row != to + r * row_bytes) std::memcpy(to + r * row_bytes, row, row_bytes);
+  }
+}
+
+Status Gather::send_rows(const Rows& x, std::size_t row_bytes,
+                         const std::vector<std::uint32_t>& peers, bool& direct) {
+  const std::size_t bytes = x.count * row_bytes;
+  const auto* data = reinterpret_cast<const std::byte*>(x.address);
+  std::size_t stride = row_bytes;
+  const bool fits = x.count == 1 && bytes <= Message::kInlineBytes;
+  direct = !fits && bytes >= kDirectBytes &&
+           g_.owns(x.address, (x.count - 1) * x.stride_bytes + row_bytes);
+  if (direct) {
+    stride = x.stride_bytes;
+  } else if (!fits) {
+    std::byte* at = nullptr;
+    if (const Status s = stage(std::max(bytes, Message::kInlineBytes + 1), &at); !s.ok()) return s;
+    copy_rows(x, row_bytes, at);
+    data = at;
+  }
+  for (const std::uint32_t p : peers) {
+    const std::size_t sent = fits ? bytes : std::max(bytes, Message::kInlineBytes + 1);
+    const Status s = send(p, Kind::kGather, row_bytes, sent, data, stride, 0);
+    if (!s.ok()) return s;
+    if (!fits && !direct) stage_until(p);
+  }
+  return {};
+}
+
+Status Gather::take(std::uint32_t peer, std::size_t rows, std::size_t row_bytes, std::byte* out) {
+  if (const Status s = receive(peer, Kind::kGather, row_bytes); !s.ok()) return s;
+  const auto from = reinterpret_cast<std::uintptr_t>(received(peer));
+  copy_rows({from, rows, message(peer).stride}, row_bytes, out);
+  if (const Status s = still_whole(peer); !s.ok()) return s;
+  consume(peer);
+  return {};
+}
+
+Status Gather::run(const GatherCall& call) {
+  if (const Status s = settle(); !s.ok()) return s;
+  if (call.row_bytes == 0) return {};
+  auto* out = reinterpret_cast<std::byte*>(call.out);
+  std::vector<std::size_t> first(call.counts.size() + 1);
+  for (std::size_t p = 0; p < call.counts.size(); ++p) first[p + 1] = first[p] + call.counts[p];
+  const auto peers = all_peers();
+  bool direct = false;
+  if (const Status s = send_rows(call.x, call.row_bytes, peers, direct); !s.ok()) return s;
+  copy_rows(call.x, call.row_bytes, out + first[g_.process()] * call.row_bytes);
+  for (const std::uint32_t p : peers) {
+    const Status s = take(p, call.counts[p], call.row_bytes, out + first[p] * call.row_bytes);
+    if (!s.ok()) return s;
+  }
+  return until_all_read(peers, direct);
+}
+
+Status Gather::run(const BroadcastCall& call) {
+  if (const Status s = settle(); !s.ok()) return s;
+  if (call.row_bytes == 0) return {};
+  auto* out = reinterpret_cast<std::byte*>(call.out);
+  if (g_.process() != call.root) return take(call.root, 1, call.row_bytes, out);
+  const Rows x{call.x, 1, call.row_bytes};
+  const auto peers = all_peers();
+  bool direct = false;
+  if (const Status s = send_rows(x, call.row_bytes, peers, direct); !s.ok()) return s;
+  copy_rows(x, call.row_bytes, out);
+  return until_all_read(peers, direct);
+}
+
+}  // namespace
+
+Status gather(Group& group, const GatherCall& call) {
+  return Gather(group, call.timeout_s).run(call);
+}
+
+Status broadcast(Group& group, const BroadcastCall& call) {
+  return Gather(group, call.timeout_s).run(call);
+}
+
+}  // namespace gossamer
