@@ -61,6 +61,9 @@ class RankGroup:
         self._relay = relay_steps(hosts, transport.process)
         self._counts = counts_of(self.placement)
         self._each = np.ones(self.local, np.int64)
+        self._only = lru_cache(maxsize=16)(
+            lambda row: np.eye(1, self.local, row, dtype=np.int64)[0]
+        )
         self._scratch_rows: dict[torch.dtype, Tensor] = {}
 
     # --- collectives ------------------------------------------------------------------------
@@ -145,9 +148,8 @@ class RankGroup:
         _check_out("broadcast", out, (1, x.shape[1]), x)
         owner = self.placement.owner_of(root)
         if root in self.ranks and count:
-            bytes_sent = x.shape[1] * x.element_size() * (self.n - 1)
-            self.traffic.bytes_sent[root - self.ranks.start] += bytes_sent
-            self.traffic.messages_sent[root - self.ranks.start] += self.n - 1
+            only = self._only(root - self.ranks.start)
+            self.traffic.count(only, self.n - 1, x.shape[1] * x.itemsize * (self.n - 1))
         if out is None:
             out = torch.empty(1, x.shape[1], dtype=x.dtype, device=x.device)
         where = f"broadcast from rank {root}"
