@@ -142,6 +142,47 @@ def overlap(
 
 
 @app.command()
+def ddp(
+    ranks: Annotated[str, typer.Option(help="Numbers of processes, by commas.")] = "2,4",
+    widths: Annotated[str, typer.Option(help="Of the transformer, by commas.")] = "128,512",
+    batch: Annotated[int, typer.Option(min=1, help="Windows per rank and step.")] = 2,
+    iters: Iters = 20,
+    warmup: Warmup = 3,
+    as_json: Json = False,
+) -> int:
+    """A transformer's step under DistributedDataParallel: backend gossamer beside gloo."""
+    from rich.console import Console
+
+    from gossamer.launch.bench.ddp import DDPRequest
+    from gossamer.launch.bench.ddp import ddp as measure
+    from gossamer.launch.bench.measure import print_rows, text, text_spread
+
+    request = DDPRequest(
+        _integers("--ranks", ranks, 2), _integers("--widths", widths, 4), batch, iters, warmup
+    )
+    with Console(stderr=True).status("") as status:
+        rows = measure(request, status.update)
+    print_rows(
+        rows,
+        {
+            "n": text("ranks"),
+            "width": text("width"),
+            "parameters": text("parameters", "{:,}"),
+            "alone ms": text("alone_ms", "{:.1f}"),
+            "gossamer ms (p10-p90)": text_spread("gossamer_ms", 1),
+            "gloo ms (p10-p90)": text_spread("gloo_ms", 1),
+            "gloo / ours": text("ratio", "{:.2f}"),
+            "all-reduces ms": text("gossamer_comm_ms", "{:.2f}"),
+            "gloo's ms": text("gloo_comm_ms", "{:.2f}"),
+            "/ ours": text("comm_ratio", "{:.2f}"),
+        },
+        title="ddp",
+        as_json=as_json,
+    )
+    return 0
+
+
+@app.command()
 def simulate(
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, by commas.")] = "64,512,4096",
     graphs: Annotated[

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed import distributed_c10d as c10d
 
 from gossamer.runtime.errors import CommError
 
@@ -21,9 +23,9 @@ class NamedGroup(dist.ProcessGroup):
 
     supports_splitting = supports_coalescing = supports_time_estimate = False
 
-    def __init__(self, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # the form for subclasses
-        self._timeout = timeout
+        self._store, self._timeout = store, timeout
         self._name, self._desc = "", ""
         self._other_devices: dict[str, dist.ProcessGroup] = {}
 
@@ -69,7 +71,7 @@ class NamedGroup(dist.ProcessGroup):
         Made when it is first asked for, which all ranks do in the same call.
         """
         if device.type not in self._other_devices:
-            config = dist.distributed_c10d._world.pg_backend_config.get(self, "")
+            config = c10d._world.pg_backend_config.get(self, "")
             backends = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
             backend = backends.get(device.type, "gossamer")
             if backend == "gossamer":
@@ -77,11 +79,18 @@ class NamedGroup(dist.ProcessGroup):
                     f"backend gossamer moves CPU tensors, got one on {device}; use "
                     f"init_process_group('cpu:gossamer,{device.type}:nccl')"
                 )
-            group = dist.new_group(
-                dist.get_process_group_ranks(self),
+            # new_group is for all ranks of the run; its form for members alone names the group
+            # after how many others a rank is in (torch 2.13), which differs between them.
+            ranks = dist.get_process_group_ranks(self)
+            group, _ = c10d._new_process_group_helper(
+                self.size(),
+                self.rank(),
+                ranks,
+                dist.Backend(f"{device.type}:{backend}"),
+                self._store,
+                f"{self._name}/{device.type}",  # type: ignore[arg-type]  # a str to the eye
                 timeout=self._timeout,
-                backend=f"{device.type}:{backend}",
-                use_local_synchronization=True,
             )
+            c10d._world.pg_group_ranks[group] = {r: place for place, r in enumerate(ranks)}
             self._other_devices[device.type] = group
         return self._other_devices[device.type]

@@ -19,6 +19,7 @@ from gossamer.runtime.process_group.base import NamedGroup
 from gossamer.runtime.process_group.collectives import Collectives
 from gossamer.runtime.process_group.point_to_point import PointToPoint
 from gossamer.runtime.process_group.tensors import (
+    OLD_NAMES,
     by_device,
     cut,
     flatten,
@@ -78,7 +79,7 @@ class GossamerGroup(NamedGroup):
         Raises:
             CommError: they are on several hosts, or did not all come.
         """
-        super().__init__(rank, size, timeout)
+        super().__init__(store, rank, size, timeout)
         gather = StoreGather(store, rank, size, timeout)
         hosts = hosts_of(gather)
         if len(hosts) > 1:
@@ -275,13 +276,6 @@ class GossamerGroup(NamedGroup):
         """Return work that is done when every rank has called it."""
         return self._start("barrier", self._collectives.barrier, [], opts or dist.BarrierOptions())
 
-    # What torch before 2.13 calls them, its C++ included.
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single
-
     # --- point to point ---------------------------------------------------------------------
 
     @by_device
@@ -374,3 +368,7 @@ class GossamerGroup(NamedGroup):
             raise ValueError(
                 f"{name}: needs a tensor per rank, {self.size()}, got {len(tensors)} (gossamer)"
             )
+
+
+for _name, _old in OLD_NAMES.items():
+    setattr(GossamerGroup, _old, getattr(GossamerGroup, _name))

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["by_device", "cut", "flatten", "write_all_back", "write_back"]
+__all__ = ["OLD_NAMES", "by_device", "cut", "flatten", "write_all_back", "write_back"]
+
+OLD_NAMES = {
+    "all_gather_single": "_allgather_base",
+    "all_gather_single_coalesced": "allgather_into_tensor_coalesced",
+    "reduce_scatter_single": "_reduce_scatter_base",
+    "reduce_scatter_single_coalesced": "reduce_scatter_tensor_coalesced",
+    "all_to_all_single": "alltoall_base",
+}
+"""What a group's methods are called before torch 2.13, its C++ included."""
 
 
 def by_device(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,7 +29,10 @@ def by_device(method: Callable[..., Any]) -> Callable[..., Any]:
         device = next((t.device for t in _tensors_of(args)), torch.device("cpu"))
         if device.type == "cpu":
             return method(self, *args, **options)
-        return getattr(self.group_of(device), method.__name__)(*args, **options)
+        group, name = self.group_of(device), method.__name__
+        if not hasattr(group, name):
+            name = OLD_NAMES[name]
+        return getattr(group, name)(*args, **options)
 
     return call
 

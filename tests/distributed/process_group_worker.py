@@ -1,42 +1,27 @@
-"""One rank of test_process_group.py: every check compares backend gossamer with gloo.
-
-Gossamer is imported for its gossip hook alone; the backend needs no import (test_readme.py).
-"""
+"""One rank of test_process_group.py: every check compares backend gossamer with gloo."""
 
 import itertools
 import sys
-from datetime import timedelta
 
+import process_group_training
 import pytest
 import torch
 import torch.distributed as dist
+from process_group_setup import (
+    GLOO,
+    OURS,
+    RANK,
+    N,
+    all_gather_single,
+    reduce_scatter_single,
+    same,
+    values,
+)
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-
-import gossamer
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
 SIZES = [0, 1, 7, 1000, 70_001]  # inline, one message, whole rows, pieces
 OPS = ["SUM", "PRODUCT", "MIN", "MAX"]
-
-
-def values(*shape, dtype=torch.float32, seed=0):
-    """Small integers, other ones on every rank: sums and products are exact in every dtype."""
-    generator = torch.Generator().manual_seed(100 * seed + dist.get_rank())
-    return torch.randint(-2, 4, shape, generator=generator).to(dtype)
-
-
-def same(run, exact=True):
-    """Run with both groups; every tensor must come out the same."""
-    found, expected = run(OURS), run(GLOO)
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype
-        if exact:
-            assert torch.equal(a, b), (a, b)
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def check_all_reduce():
@@ -54,7 +39,7 @@ def check_reductions_that_gloo_lacks():
     ops = dist.ReduceOp
     for size in (5, 70_000):
         everyone = torch.empty(N, size, dtype=torch.int64)
-        dist.all_gather_single(everyone.view(-1), values(size, dtype=torch.int64), group=GLOO)
+        all_gather_single(everyone.view(-1), values(size, dtype=torch.int64), group=GLOO)
         for name, combine in [("BAND", "and"), ("BOR", "or"), ("BXOR", "xor")]:
             x, expected = values(size, dtype=torch.int64), everyone[0]
             for row in everyone[1:]:
@@ -80,7 +65,7 @@ def check_sums_have_the_same_bits_on_all_ranks():
     x = torch.randn(300_001, generator=torch.Generator().manual_seed(RANK))
     dist.all_reduce(x)
     rows = torch.empty(N, len(x))
-    dist.all_gather_single(rows.view(-1), x)
+    all_gather_single(rows.view(-1), x)
     assert (rows == rows[0]).all()
 
 
@@ -114,7 +99,7 @@ def check_all_gather():
 
         def single(group, dtype=dtype, size=size):
             out = torch.empty(N * size, dtype=dtype)
-            dist.all_gather_single(out, values(size, dtype=dtype), group=group)
+            all_gather_single(out, values(size, dtype=dtype), group=group)
             return [out]
 
         same(single)
@@ -146,7 +131,7 @@ def check_reduce_scatter():
 
         def single(group, dtype=dtype, size=size):
             out = torch.empty(size, dtype=dtype)
-            dist.reduce_scatter_single(out, values(N * size, dtype=dtype), group=group)
+            reduce_scatter_single(out, values(N * size, dtype=dtype), group=group)
             return [out]
 
         def listed(group, dtype=dtype, size=size):
@@ -158,7 +143,7 @@ def check_reduce_scatter():
         same(single)
         same(listed)
     out = torch.empty(10)
-    dist.reduce_scatter_single(out, torch.arange(10.0 * N), dist.ReduceOp.AVG)
+    reduce_scatter_single(out, torch.arange(10.0 * N), dist.ReduceOp.AVG)
     assert torch.equal(out, torch.arange(10.0) + 10 * RANK)
 
 
@@ -216,7 +201,7 @@ def check_coalesced_forms():
         outs = [torch.empty(N * size) for size in (4, 5)]
         with dist._coalescing_manager(group, async_ops=True) as together:
             for size, out in zip((4, 5), outs, strict=True):
-                dist.all_gather_single(out, values(size), group=group)
+                all_gather_single(out, values(size), group=group)
         together.wait()
         return xs + outs
 
@@ -227,12 +212,12 @@ def check_coalesced_forms():
         assert torch.equal(x, expected)
     for out, size in zip(found[3:], (4, 5), strict=True):
         expected = torch.empty(N * size)
-        dist.all_gather_single(expected, values(size), group=GLOO)
+        all_gather_single(expected, values(size), group=GLOO)
         assert torch.equal(out, expected)
     parts = [torch.empty(4), torch.empty(5)]
     with dist._coalescing_manager(OURS):
         for part in parts:
-            dist.reduce_scatter_single(part, torch.ones(N * len(part)))
+            reduce_scatter_single(part, torch.ones(N * len(part)))
     assert all((part == N).all() for part in parts)
     with dist._coalescing_manager(OURS, torch.device("cpu"), async_ops=True) as together:
         x, y = torch.ones(3), torch.ones(4)
@@ -324,121 +309,30 @@ def check_what_cannot_work_is_refused():
             call()
 
 
-def net():
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)
-    )
-
-
-def losses(model, steps=10):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(RANK)
-    found = []
-    for _ in range(steps):
-        x = torch.randn(8, 16, generator=generator)
-        loss = nn.functional.cross_entropy(model(x), x[:, :4].argmax(dim=1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.detach())
-    return [torch.stack(found)]
-
-
-def check_distributed_data_parallel():
-    def run(group, **options):
-        model = DistributedDataParallel(net(), process_group=group, bucket_cap_mb=0.01, **options)
-        return losses(model)
-
-    same(run, exact=N == 2)  # sums of two terms have one order
-    same(lambda group: run(group, static_graph=True, gradient_as_bucket_view=True), exact=N == 2)
-
-
-def check_fully_shard():
-    def run(group):
-        model, mesh = net(), DeviceMesh.from_group(group, "cpu")
-        for layer in model:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return losses(model)
-
-    same(run, exact=N == 2)
-
-
-def gossip_steps(group, topology):
-    """Train with the hook; each step's gradients must be W(t) times everyone's own."""
-    state = gossamer.GossipState(topology, timeout_s=60)
-    model = DistributedDataParallel(net(), process_group=group, bucket_cap_mb=0.01)
-    model.register_comm_hook(state, gossamer.gossip_hook)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    generator = torch.Generator().manual_seed(RANK)
-    for t in range(5):
-        batches = torch.randn(2, 8, 16, generator=generator)
-        own = [torch.zeros_like(p) for p in model.parameters()]
-        for x in batches:
-            gradients = torch.autograd.grad(model.module(x).square().mean(), model.parameters())
-            own = [a + g for a, g in zip(own, gradients, strict=True)]
-        optimizer.zero_grad()
-        assert state.comm.round == t
-        with model.no_sync():
-            model(batches[0]).square().mean().backward()
-        assert state.comm.round == t
-        model(batches[1]).square().mean().backward()
-        assert state.comm.round == t + 1
-        flat = torch.cat([g.reshape(-1) for g in own])
-        rows = torch.empty(N * len(flat))
-        dist.all_gather_single(rows, flat)
-        expected = state.comm.topology.round(t).apply(rows.view(N, -1).double().numpy())[RANK]
-        found = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-        torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
-        optimizer.step()
-    assert len(model.reducer._get_zeros_like_grad_buckets()) > 1
-    state.close()
-
-
-def gossip_on_parameters():
-    state = gossamer.GossipState("ring", average="parameters", timeout_s=60)
-    model = DistributedDataParallel(net(), bucket_cap_mb=0.01)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(RANK)
-    model.register_comm_hook(state, gossamer.gossip_hook)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for t in range(3):
-        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * t + RANK))
-        before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-        own = torch.autograd.grad(model.module(x).square().mean(), model.parameters())
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-        rows = torch.empty(N * len(before))
-        dist.all_gather_single(rows, before)
-        mixed = state.comm.topology.round(t).apply(rows.view(N, -1).numpy())[RANK]
-        expected = torch.from_numpy(mixed) - 0.1 * torch.cat([g.reshape(-1) for g in own])
-        found = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-    state.close()
-
-
-def check_gossip_hook():
-    gossip_on_parameters()
-    for topology in ("ring", "one_peer_exponential", "complete"):
-        gossip_steps(OURS, topology)
-    gossip_steps(GLOO, "ring")
+def check_other_devices_go_to_their_own_backend():
+    both = dist.new_group(backend="cpu:gossamer,cuda:gloo")
+    assert dist.get_backend_config(both) == "cpu:gossamer,cuda:gloo"
+    x = torch.ones(3)
+    dist.all_reduce(x, group=both)
+    assert (x == N).all()
+    other = both.group_of(torch.device("cuda"))
+    assert other.rank() == RANK
+    assert dist.get_backend_config(other) == "cuda:gloo"
+    if torch.cuda.is_available():
+        for group in (both, other):
+            x = torch.ones(3, device="cuda")
+            dist.all_reduce(x, group=group)
+            assert (x == N).all()
+    with pytest.raises(RuntimeError, match="'cpu:gossamer,meta:nccl'"):
+        dist.all_reduce(torch.ones(3, device="meta"))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gossamer", timeout=timedelta(seconds=60))
-    RANK, N, OURS = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
-    GLOO = dist.new_group(backend="gloo")
-    assert dist.get_backend() == "gossamer"
-    wanted = sys.argv[1:] or [name for name in globals() if name.startswith("check_")]
-    for name in wanted:
+    checks = {**globals(), **vars(process_group_training)}
+    for name in sys.argv[1:] or [name for name in checks if name.startswith("check_")]:
         if RANK == 0:
             sys.stdout.write(f"{name}\n")
             sys.stdout.flush()
-        globals()[name]()
+        checks[name]()
         dist.barrier()
     dist.destroy_process_group()

@@ -2,9 +2,14 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from gossamer.runtime import CommError
+from gossamer.runtime.process_group import group
 
 WORKER = Path(__file__).with_name("process_group_worker.py")
 
@@ -66,3 +71,14 @@ def test_a_lost_peer_is_named(ending, timeout_s, error, reason, tmp_path, launch
     assert f"all_reduce {error} all_reduce (call 2): {reason}" in done.stdout, done.stdout
     assert f"recv {error} recv from rank 1: {reason}" in done.stdout, done.stdout
     assert reason in done.stdout.split("backward RuntimeError")[1], done.stdout
+
+
+def test_ranks_of_several_hosts_are_refused(monkeypatch):
+    monkeypatch.setattr(group, "hosts_of", lambda gather: [[0], [1]])
+    with pytest.raises(CommError, match="the 2 of this group are on 2; use gloo or nccl"):
+        group.GossamerGroup(dist.HashStore(), 0, 2, timedelta(seconds=1), [0, 1])
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_longer_than_the_timeout():
+    with pytest.raises(CommError, match=r"the 2 processes did not all meet within 0.1 s"):
+        group.GossamerGroup(dist.HashStore(), 0, 2, timedelta(seconds=0.1), [0, 1])

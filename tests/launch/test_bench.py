@@ -189,6 +189,15 @@ def test_overlap_computes_and_averages_in_turn_and_beside():
         assert row["saved"] == pytest.approx((row["in_turn_us"] - row["overlap_us"]) / shorter)
 
 
+def test_ddp_times_both_backends_in_one_run():
+    flags = ["--ranks=2", "--widths=8", "--iters=2", "--warmup=1", "--json"]
+    status, out, err = bench("ddp", *flags)
+    assert status == 0, err
+    (row,) = json.loads(out)["rows"]
+    assert (row["ranks"], row["width"], row["buckets"]) == (2, 8, 1)
+    assert row["ratio"] == pytest.approx(row["gloo_ms"] / row["gossamer_ms"])
+
+
 def test_what_must_move_counts_rows_read_and_written():
     ring, directed = build("ring", 4).round(0), build("directed_ring", 4).round(0)
     assert bytes_to_move("average", 4, ring, 10) == (4 * (2 + 2) * 10, 2 * 4 * 10)
