@@ -155,7 +155,9 @@ class RankGroup:
         where = f"broadcast from rank {root}"
         here = self.transport.process == owner
         if self._host_memory is not None:
-            row = x[root - self.ranks.start].contiguous() if here else None
+            row = None
+            if here:  # indexing costs as much as the rest of a small call
+                row = (x if self.local == 1 else x[root - self.ranks.start]).contiguous()
             self._settle()
             begin = perf_counter()
             status = self._host_memory.broadcast(row, out, owner, self.timeout_s)
