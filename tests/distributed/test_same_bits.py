@@ -74,32 +74,40 @@ def stacked(experiment) -> dict[str, tuple[str, int]]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4, 8])
-def test_gloo_gives_the_stacked_bits(processes, experiment, stacked, launch_environment, tmp_path):
-    command = [sys.executable, "-m", "gossamer", "run", str(experiment)]
-    command += ["--processes", str(processes), "--out", str(tmp_path / "out")]
-    run(command, launch_environment)
-    assert digests(tmp_path / "out") == stacked
+def torchrun(processes: int) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "gossamer", "run"]
+
+
+def mpirun(processes: int) -> list[str]:
+    program = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or "mpirun"
+    return [program, "-n", str(processes), sys.executable, "-m", "gossamer", "run"]
+
+
+def gossamer(processes: int) -> list[str]:
+    return [sys.executable, "-m", "gossamer", "run", "--processes", str(processes)]
 
 
 @pytest.mark.slow
-def test_torchrun_gives_the_stacked_bits(experiment, stacked, launch_environment, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "gossamer"]
-    run([*command, "run", str(experiment), "--out", str(tmp_path / "out")], launch_environment)
-    assert digests(tmp_path / "out") == stacked
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [3, 8])
-def test_mpirun_gives_the_stacked_bits(
-    processes, experiment, stacked, launch_environment, tmp_path
+@pytest.mark.parametrize(
+    ("launcher", "processes", "asked", "transport"),
+    [
+        (torchrun, 1, "native", "native"),
+        (torchrun, 2, "auto", "native"),
+        (gossamer, 4, "auto", "native"),
+        (mpirun, 8, "auto", "native"),
+        (gossamer, 3, "gloo", "gloo"),
+        (mpirun, 3, "mpi", "mpi"),
+    ],
+)
+def test_every_transport_gives_the_stacked_bits(
+    launcher, processes, asked, transport, experiment, stacked, launch_environment, tmp_path
 ):
-    mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or "mpirun"
-    command = [mpirun, "-n", str(processes), sys.executable, "-m", "gossamer"]
-    run([*command, "run", str(experiment), "--out", str(tmp_path / "out")], launch_environment)
+    command = [*launcher(processes), str(experiment), "--transport", asked]
+    run([*command, "--out", str(tmp_path / "out")], launch_environment)
     assert digests(tmp_path / "out") == stacked
+    used = json.loads((tmp_path / "out" / "dsgd" / "summary.json").read_text())
+    assert (used["transport"], used["processes"]) == (transport, processes)
 
 
 def test_another_seed_gives_other_bits(experiment, stacked, launch_environment, tmp_path):
@@ -118,5 +126,6 @@ def test_mpich_gives_the_stacked_bits(experiment, stacked, launch_environment, t
     environment = {k: v for k, v in launch_environment.items() if not k.startswith("OMPI")}
     environment |= {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": str(prefix / "lib")}
     command = [str(prefix / "bin" / "mpiexec"), "-n", "2", sys.executable, "-m", "gossamer", "run"]
+    command += ["--transport", "mpi"]
     run([*command, str(experiment), "--out", str(tmp_path / "out")], environment)
     assert digests(tmp_path / "out") == stacked
