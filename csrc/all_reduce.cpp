@@ -99,7 +99,10 @@ Status AllReduce::sum_direct(const SumCall& call, bool& agreed) {
   const std::uint64_t to =
       able ? offset_of(reinterpret_cast<const std::byte*>(call.out)) : Message::kNowhere;
   const Status sent = each_peer([&](std::uint32_t p) {
-    return send(p, Kind::kSum, row_bytes, row_bytes, able ? x : nullptr, call.x.stride_bytes, to);
+    const Status s =
+        send(p, Kind::kSum, row_bytes, row_bytes, able ? x : nullptr, call.x.stride_bytes, to);
+    if (s.ok() && able) lend(p);
+    return s;
   });
   if (!sent.ok()) return sent;
   agreed = able;

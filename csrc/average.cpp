@@ -77,6 +77,7 @@ Status Average::round(const Rows& x, const std::optional<Rows>& addend) {
       const Status s = send(target, Kind::kAverage, row_bytes_, row_bytes_, rows, x.stride_bytes,
                             in_place ? kToReport : kInPlace);
       if (!s.ok()) return s;
+      lend(target);
     }
   } else if (const Status s = send_staged(x); !s.ok()) {
     return s;

@@ -67,6 +67,9 @@ class Collective {
     });
   }
   void stage_until(std::uint32_t peer) { g_.stage_until(peer); }
+  // The last message to `peer` points to rows of the caller's: they stay until it has read them,
+  // even where this operation fails.
+  void lend(std::uint32_t peer) { g_.lent_[peer] = g_.sent_[peer]; }
 
   // Pieces of rows that their owner waits to overwrite: `count` more of `peer`'s were read here;
   // and how many of this process's `peer` had been asked to read before this operation.

@@ -10,9 +10,9 @@
 //
 // No row is overwritten while it is read. The receiver stores `consumed` (or `read`, of one piece)
 // after its last read; the sender writes a slot or a row again after it loaded a counter that
-// covers it. The one exception: a process whose call failed may do with its rows as it likes. It
-// first says so (Group::failed), and a reader looks for that after it has read, before it believes
-// a row.
+// covers it. The one exception: a process whose call failed may do with its rows as it likes, after
+// it has left its readers two seconds to finish. It first says so (Group::failed), and a reader
+// looks for that after it has read, before it believes a row.
 //
 // No wake-up is lost. A waiter (1) stores `sleeping` = 1, (2) notes the bell's number, (3) looks
 // once more at what it waits for, and (4) lets the kernel put it to sleep unless the number has

@@ -63,6 +63,7 @@ Status Gather::send_rows(const Rows& x, std::size_t row_bytes,
     const std::size_t sent = fits ? bytes : std::max(bytes, Message::kInlineBytes + 1);
     const Status s = send(p, Kind::kGather, row_bytes, sent, data, stride, 0);
     if (!s.ok()) return s;
+    if (direct) lend(p);
     if (!fits && !direct) stage_until(p);
   }
   return {};

@@ -20,9 +20,11 @@ constexpr std::size_t kPieceBytes = 512 << 10;
 constexpr std::size_t kStagedBytes = 1 << 20;   // larger messages are staged in the arena
 constexpr std::size_t kDirectBytes = 16 << 10;  // from here a copy costs more than waiting for the
                                                 // peer to read the row where it lies
+constexpr auto kFarewell = std::chrono::seconds(2);     // for peers to read what they were lent
 constexpr auto kSlice = std::chrono::milliseconds(50);  // between looks whether a peer still lives
 
-enum State : std::uint32_t { kJoining = 0, kOpen = 1, kClosed = 2, kFailed = 3 };
+// kFailing: an operation failed, and what was lent to peers is still as it was; kFailed: no longer.
+enum State : std::uint32_t { kJoining = 0, kOpen = 1, kClosed = 2, kFailing = 3, kFailed = 4 };
 
 std::uint64_t round_up(std::uint64_t bytes, std::uint64_t to) { return (bytes + to - 1) / to * to; }
 
@@ -61,6 +63,7 @@ Group::Group(const JobId& job, std::uint32_t process, std::uint32_t processes, s
       sent_(processes),
       taken_(processes),
       asked_(processes),
+      lent_(processes),
       staging_begin_(round_up(sizeof(Header), kPage) +
                      round_up(processes * sizeof(Channel), kPage)),
       staging_end_(staging_begin_ + kStagingBytes),
@@ -204,7 +207,7 @@ std::uint32_t Group::oldest_reader() const noexcept {
 Outcome Group::state_of(std::uint32_t peer) const noexcept {
   const std::uint32_t state = header(peer).state.load(std::memory_order_acquire);
   if (state == kClosed) return Outcome::kLeft;
-  if (state == kFailed) return Outcome::kStopped;
+  if (state == kFailing || state == kFailed) return Outcome::kStopped;
   return segments_[peer]->owner_alive() ? Outcome::kOk : Outcome::kLost;
 }
 
@@ -222,10 +225,23 @@ Status Group::root_of(Status stopped) const noexcept {
 Status Group::failed(Status status) noexcept {
   if (!broken_.ok()) return broken_;
   broken_ = status;
-  header(process_).state.store(kFailed, std::memory_order_seq_cst);
+  const auto say = [&](State state) {
+    header(process_).state.store(state, std::memory_order_seq_cst);
+    for (std::uint32_t p = 0; p < processes_; ++p) {
+      if (p != process_) header(p).bell.ring();
+    }
+  };
+  say(kFailing);
+  // The rows that a peer reads here are right, and its result may be: let it finish.
+  const auto begin = Clock::now();
   for (std::uint32_t p = 0; p < processes_; ++p) {
-    if (p != process_) header(p).bell.ring();
+    const auto read = [&] { return channel(process_, p).done(lent_[p]); };
+    const auto stop = [&] {
+      return state_of(p) != Outcome::kOk || Clock::now() - begin > kFarewell;
+    };
+    if (p != process_) wait_until(header(process_).bell, patience_, kSlice, read, stop);
   }
+  say(kFailed);
   return status;
 }
 
@@ -282,7 +298,7 @@ bool Group::progress_send(Transfer& t) {
     post(t.peer);
     t.moved = t.bytes;
     t.direct = true;
-    t.last = sent_[t.peer];
+    t.last = lent_[t.peer] = sent_[t.peer];
     unread_.push_back(&t);
     return true;
   }
@@ -309,6 +325,11 @@ bool Group::progress_receive(Transfer& t) {
   const std::byte* from =
       message.offset == Message::kNowhere ? message.payload : at(t.peer, message.offset);
   if (message.bytes > 0) std::memcpy(t.data + t.moved, from, message.bytes);
+  std::atomic_thread_fence(std::memory_order_acquire);  // it was read before this look
+  if (has_failed(t.peer)) {
+    failed(root_of({Outcome::kStopped, t.peer}));
+    return false;
+  }
   t.moved += message.bytes;
   t.done = t.moved == t.bytes;
   consume(t.peer);

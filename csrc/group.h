@@ -174,6 +174,8 @@ class Group : public std::enable_shared_from_this<Group> {
   std::vector<std::shared_ptr<Segment>> segments_;
   std::vector<std::uint32_t> sent_, taken_;  // messages per peer
   std::vector<std::uint32_t> asked_;         // pieces to be read, per peer, before this operation
+  std::vector<std::uint32_t> lent_;          // per peer, the messages up to the last that points to
+                                             // rows of the caller's, where they lie
   std::uint64_t staging_begin_, staging_end_, staging_next_;
   std::deque<Staged> staged_, parked_;  // in the staging area, in the arena
   Staged* newest_ = nullptr;

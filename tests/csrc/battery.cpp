@@ -162,9 +162,6 @@ Status Participant::average(std::uint64_t k) {
       return row_bytes == 0 || std::memcmp(x.row(r), given[first + r].data(), row_bytes) == 0;
     });
     if (untouched || (!apart && rounds > 1)) return status;
-    // Read in place, a peer that fails too takes its rows away: an average that has begun to write
-    // can then neither end nor go back (average.cpp).
-    if (!apart && row_bytes >= (64 << 10)) return status;
     // In place, a round may have been done before the failure was seen: then all of it.
     if (!apart) reference_average(graph, given, addends, call.a, rounds, d, dtype);
     for (std::uint32_t r = 0; r < local; ++r)
