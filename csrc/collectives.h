@@ -40,8 +40,8 @@ struct AverageCall {
   double timeout_s;
 };
 
-// out = W^rounds x + a * addend. On failure x is as it was; a row that is also `out` is as it was or
-// averaged, by some of the rounds.
+// out = W^rounds x + a * addend. On failure x is as it was; a row that is also `out` is as it was
+// or averaged, by some of the rounds.
 Status average(Group& group, const AveragePlan& plan, const AverageCall& call);
 
 struct SumCall {
