@@ -1,6 +1,5 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -12,7 +11,9 @@
 #include <vector>
 
 #include "bind_group.h"
-#include "philox.h"
+#include "bind_random.h"
+#include "cuda_build.h"
+#include "isa.h"
 #include "triad.h"
 #include "weighted_sum.h"
 
@@ -22,7 +23,6 @@ using namespace nb::literals;
 namespace {
 
 using gossamer::Dtype;
-using gossamer::Stream;
 
 // Addresses travel as integers: gossamer.runtime.native checks shapes, dtypes and lifetimes.
 template <typename T>
@@ -103,27 +103,17 @@ void combine(const std::vector<RowsTuple>& blocks, const Array<double>& weights,
       num_threads);
 }
 
-enum class Distribution : int { kUniform = 0, kNormal = 1, kRademacher = 2 };
-
-template <typename T>
-void fill(Distribution kind, T* out, std::size_t n, std::uint64_t begin, const Stream& stream) {
-  switch (kind) {
-    case Distribution::kUniform:
-      return gossamer::fill_uniform(out, n, begin, stream);
-    case Distribution::kNormal:
-      return gossamer::fill_normal(out, n, begin, stream);
-    case Distribution::kRademacher:
-      return gossamer::fill_rademacher(out, n, begin, stream);
-  }
-}
-
 }  // namespace
 
 NB_MODULE(_C, m) {
   m.doc() =
       "Compiled kernels; call them through gossamer.runtime.native, which checks the arguments.";
   bind_group(m);
+  bind_random(m);
   m.def("instruction_set", &gossamer::instruction_set, "The instruction set the kernels use here.");
+  m.def(
+      "built_with_cuda", [] { return gossamer::kCudaKernels; },
+      "True when the CUDA kernels are compiled in.");
   m.def("weighted_sum", &weighted_sum, "blocks"_a, "indptr"_a, "columns"_a, "weights"_a, "out"_a,
         "addend"_a.none(), "a"_a, "d"_a, "dtype"_a, "wide"_a, "num_threads"_a);
   m.def("combine", &combine, "blocks"_a, "weights"_a, "out"_a, "d"_a, "dtype"_a, "num_threads"_a);
@@ -136,27 +126,6 @@ NB_MODULE(_C, m) {
                           pointer<double>(out), num_threads);
       },
       "x"_a, "y"_a, "d"_a, "dtype"_a, "out"_a, "num_threads"_a);
-  m.def("philox4x32", &gossamer::philox4x32, "counter"_a, "key"_a,
-        "One Philox4x32-10 block: four 32-bit words.");
-  m.def(
-      "fill_words",
-      [](std::uintptr_t out, std::size_t n, std::uint64_t begin, std::uint64_t key,
-         std::uint32_t c1, std::uint32_t c2, std::uint32_t c3) {
-        nb::gil_scoped_release release;
-        gossamer::fill_words(pointer<std::uint32_t>(out), n, begin, {key, c1, c2, c3});
-      },
-      "out"_a, "n"_a, "begin"_a, "key"_a, "c1"_a, "c2"_a, "c3"_a);
-  m.def(
-      "fill",
-      [](int kind, std::uintptr_t out, std::size_t n, std::uint64_t begin, bool is_double,
-         std::uint64_t key, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3) {
-        nb::gil_scoped_release release;
-        const Stream stream{key, c1, c2, c3};
-        const auto distribution = static_cast<Distribution>(kind);
-        is_double ? fill(distribution, pointer<double>(out), n, begin, stream)
-                  : fill(distribution, pointer<float>(out), n, begin, stream);
-      },
-      "kind"_a, "out"_a, "n"_a, "begin"_a, "is_double"_a, "key"_a, "c1"_a, "c2"_a, "c3"_a);
   m.def(
       "triad",
       [](std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, double factor, std::size_t n,

@@ -1,26 +1,48 @@
 #include "philox.h"
 
 #include <algorithm>
-#include <cmath>
-#include <numbers>
+#include <vector>
+
+#include "isa.h"
+#include "philox_kernels.h"
+#include "threads.h"
 
 namespace gossamer {
 namespace {
 
-double unit(std::uint32_t w) { return static_cast<double>(2 * (w >> 9) + 1) * 0x1p-24; }
+constexpr std::size_t kPerThread = 1 << 16;  // elements: starting a thread costs a fraction of this
+constexpr std::size_t kChunk = 1 << 14;      // elements a thread takes at a time
 
-// Calls visit(words, first, last, at) per block: words[first..last) go to out[at..].
-template <typename Visit>
-void for_blocks(std::size_t n, std::uint64_t begin, std::size_t per_block, const Stream& stream,
-                Visit visit) {
-  for (std::size_t done = 0; done < n;) {
-    const std::uint64_t i = begin + done;
-    const std::size_t first = i % per_block;
-    const std::size_t last = std::min(per_block, first + (n - done));
-    const auto block = static_cast<std::uint32_t>(i / per_block);
-    visit(philox4x32({block, stream.c1, stream.c2, stream.c3}, stream.key), first, last, done);
-    done += last - first;
+const PhiloxKernels& kernels() {
+#ifdef GOSSAMER_X86
+  if (isa() == Isa::kAvx512) return avx512::kPhiloxKernels;
+  if (isa() == Isa::kAvx2) return avx2::kPhiloxKernels;
+#endif
+  return baseline::kPhiloxKernels;
+}
+
+// Calls work(part) for parts of the pieces, on as many threads as they are worth.
+template <typename Work>
+void for_parts(std::span<const Piece> pieces, Dtype dtype, std::size_t num_threads, Work work) {
+  std::size_t total = 0;
+  for (const Piece& piece : pieces) total += piece.n;
+  num_threads =
+      std::clamp<std::size_t>(total / kPerThread, 1, std::max<std::size_t>(num_threads, 1));
+  if (num_threads == 1) {
+    for (const Piece& piece : pieces) work(piece);
+    return;
   }
+  std::vector<Piece> parts;
+  for (const Piece& piece : pieces) {
+    for (std::size_t done = 0; done < piece.n; done += kChunk) {
+      Piece part = piece;
+      part.address += done * size_bytes(dtype);
+      part.begin += done;
+      part.n = std::min(kChunk, piece.n - done);
+      parts.push_back(part);
+    }
+  }
+  for_each(parts.size(), num_threads, [&](std::size_t i, std::size_t) { work(parts[i]); });
 }
 
 }  // namespace
@@ -40,48 +62,29 @@ std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> c,
 }
 
 void fill_words(std::uint32_t* out, std::size_t n, std::uint64_t begin, const Stream& stream) {
-  for_blocks(n, begin, 4, stream, [&](const auto& words, auto first, auto last, auto at) {
-    for (auto i = first; i < last; ++i) out[at + i - first] = words[i];
-  });
+  kernels().words(out, n, begin, stream);
 }
 
-template <typename T>
-void fill_uniform(T* out, std::size_t n, std::uint64_t begin, const Stream& stream) {
-  for_blocks(n, begin, 4, stream, [&](const auto& words, auto first, auto last, auto at) {
-    for (auto i = first; i < last; ++i) out[at + i - first] = static_cast<T>(unit(words[i]));
-  });
+void normals_of_words(const std::uint32_t* words, std::size_t n, float* out) {
+  kernels().normals(words, n, out);
 }
 
-template <typename T>
-void fill_normal(T* out, std::size_t n, std::uint64_t begin, const Stream& stream) {
-  for_blocks(n, begin, 4, stream, [&](const auto& words, auto first, auto last, auto at) {
-    double z[4];
-    for (int pair = 0; pair < 4; pair += 2) {
-      const double radius = std::sqrt(-2.0 * std::log(unit(words[pair])));
-      const double angle = 2.0 * std::numbers::pi * unit(words[pair + 1]);
-      z[pair] = radius * std::cos(angle);
-      z[pair + 1] = radius * std::sin(angle);
-    }
-    // float32 in every dtype: one stream has one value, whatever row it lands in.
-    for (auto i = first; i < last; ++i) out[at + i - first] = static_cast<float>(z[i]);
-  });
+void fill_random(std::span<const Piece> pieces, Dtype dtype, const Direction& direction,
+                 std::size_t num_threads) {
+  for_parts(pieces, dtype, num_threads,
+            [&](const Piece& part) { kernels().fill(part, dtype, direction); });
 }
 
-template <typename T>
-void fill_rademacher(T* out, std::size_t n, std::uint64_t begin, const Stream& stream) {
-  for_blocks(n, begin, 128, stream, [&](const auto& words, auto first, auto last, auto at) {
-    for (auto i = first; i < last; ++i) {
-      out[at + i - first] = (words[i / 32] >> (i % 32)) & 1 ? T{-1} : T{1};
-    }
-  });
+void add_random(std::span<const Piece> pieces, Dtype dtype, const Direction& direction, double a,
+                std::size_t num_threads) {
+  for_parts(pieces, dtype, num_threads,
+            [&](const Piece& part) { kernels().add(part, dtype, direction, a); });
 }
 
-#define GOSSAMER_INSTANTIATE(T)                                                 \
-  template void fill_uniform<T>(T*, std::size_t, std::uint64_t, const Stream&); \
-  template void fill_normal<T>(T*, std::size_t, std::uint64_t, const Stream&);  \
-  template void fill_rademacher<T>(T*, std::size_t, std::uint64_t, const Stream&);
-GOSSAMER_INSTANTIATE(float)
-GOSSAMER_INSTANTIATE(double)
-#undef GOSSAMER_INSTANTIATE
+void subtract_random(std::span<const Piece> pieces, Dtype dtype, std::span<const Term> terms,
+                     double decay, std::size_t num_threads) {
+  for_parts(pieces, dtype, num_threads,
+            [&](const Piece& part) { kernels().subtract(part, dtype, terms, decay); });
+}
 
 }  // namespace gossamer

@@ -3,36 +3,28 @@
 #include "row_kernels.h"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstring>
 #include <span>
 #include <type_traits>
+
+#include "elements.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-#define GOSSAMER_STRING2(x) #x
-#define GOSSAMER_STRING(x) GOSSAMER_STRING2(x)
-
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr std::size_t kVectorBytes = 64;
 void stream_vector(float* p, __m512 v) { _mm512_stream_ps(p, v); }
 void stream_vector(double* p, __m512d v) { _mm512_stream_pd(p, v); }
 #elif defined(__AVX2__)
-constexpr std::size_t kVectorBytes = 32;
 void stream_vector(float* p, __m256 v) { _mm256_stream_ps(p, v); }
 void stream_vector(double* p, __m256d v) { _mm256_stream_pd(p, v); }
-#else
-constexpr std::size_t kVectorBytes = 16;
-#if defined(__SSE2__)
+#elif defined(__SSE2__)
 void stream_vector(float* p, __m128 v) { _mm_stream_ps(p, v); }
 void stream_vector(double* p, __m128d v) { _mm_stream_pd(p, v); }
-#endif
 #endif
 #if defined(__SSE2__)
 constexpr bool kHasStream = true;
@@ -43,92 +35,6 @@ constexpr bool kHasStream = false;
 
 constexpr std::size_t kTile = 64;  // elements whose accumulators stay in registers
 constexpr std::size_t kLineBytes = 64;
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-template <typename E, std::size_t kCount>
-struct VectorOf {
-  typedef E type __attribute__((vector_size(kCount * sizeof(E))));
-};
-template <typename Acc>
-constexpr std::size_t kLanes = kVectorBytes / sizeof(Acc);
-template <typename E, typename Acc>  // as many E as there are lanes of Acc
-using Raw = typename VectorOf<E, kLanes<Acc>>::type;
-template <typename Acc>
-using Vec = Raw<Acc, Acc>;
-
-float to_float(float x) { return x; }
-float to_float(_Float16 x) { return static_cast<float>(x); }
-float to_float(BFloat16 x) {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
-}
-
-template <typename T, typename Acc>
-Vec<Acc> load(const T* p) {
-  if constexpr (std::is_same_v<T, Acc>) {
-    Vec<Acc> v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    Raw<std::uint16_t, Acc> raw;
-    std::memcpy(&raw, p, sizeof raw);
-    const auto wide = __builtin_convertvector(raw, Raw<std::uint32_t, Acc>) << 16;
-    return __builtin_convertvector(std::bit_cast<Raw<float, Acc>>(wide), Vec<Acc>);
-  } else {
-    Raw<T, Acc> raw;
-    std::memcpy(&raw, p, sizeof raw);
-    const auto single = __builtin_convertvector(raw, Raw<float, Acc>);
-    return __builtin_convertvector(single, Vec<Acc>);
-  }
-}
-
-// Round to nearest, ties to even; a NaN stays a NaN.
-BFloat16 to_bfloat16(float x) {
-  if (std::isnan(x)) return {0x7FC0};
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  return {static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
-}
-
-template <typename T, typename Acc>
-void store(T* p, Vec<Acc> v) {
-  if constexpr (std::is_same_v<T, Acc>) {
-    std::memcpy(p, &v, sizeof v);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {  // to_bfloat16(), lane by lane
-    using Words = Raw<std::uint32_t, Acc>;
-    const auto x = __builtin_convertvector(v, Raw<float, Acc>);
-    const auto bits = std::bit_cast<Words>(x);
-    const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const Words chosen = x == x ? rounded : Words{} + 0x7FC0;
-    const auto raw = __builtin_convertvector(chosen, Raw<std::uint16_t, Acc>);
-    std::memcpy(p, &raw, sizeof raw);
-  } else {
-    const auto single = __builtin_convertvector(v, Raw<float, Acc>);
-    const auto raw = __builtin_convertvector(single, Raw<T, Acc>);
-    std::memcpy(p, &raw, sizeof raw);
-  }
-}
-
-template <typename T, typename Acc>
-Acc load_one(const T* p) {
-  if constexpr (std::is_same_v<T, double>) {
-    return *p;
-  } else {
-    return static_cast<Acc>(to_float(*p));
-  }
-}
-
-template <typename T, typename Acc>
-void store_one(T* p, Acc v) {
-  if constexpr (std::is_same_v<T, Acc>) {
-    *p = v;
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    *p = to_bfloat16(static_cast<float>(v));
-  } else {
-    *p = static_cast<T>(static_cast<float>(v));
-  }
-}
 
 // A store that leaves the cache alone: the line is not read first. `p` is a multiple of
 // kVectorBytes.
@@ -253,25 +159,6 @@ void sum_one_as(std::span<const Term> terms, std::size_t begin, std::size_t len,
   }
 }
 
-// Calls f with a null pointer to the element type.
-template <typename F>
-auto as_type(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return f(static_cast<double*>(nullptr));
-    case Dtype::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case Dtype::kFloat16:
-      return f(static_cast<_Float16*>(nullptr));
-    case Dtype::kFloat32:
-      break;
-  }
-  return f(static_cast<float*>(nullptr));
-}
-
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 void sum_one(std::span<const Term> terms, std::size_t begin, std::size_t len, std::uintptr_t out,
              Dtype dtype, bool stream) {
   as_type(dtype,
@@ -338,7 +225,6 @@ double dot_row(std::uintptr_t x, std::uintptr_t y, std::size_t d, Dtype dtype) {
 
 }  // namespace
 
-extern const RowKernels kKernels{
-    GOSSAMER_STRING(GOSSAMER_ISA), sum_rows, sum_one, copy, divide, dot_row};
+extern const RowKernels kKernels{sum_rows, sum_one, copy, divide, dot_row};
 
 }  // namespace gossamer::GOSSAMER_ISA

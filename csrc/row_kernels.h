@@ -17,7 +17,6 @@ struct Block {
 };
 
 struct RowKernels {
-  const char* name;
   void (*sum_rows)(const Schedule& schedule, const Block& block, Dtype dtype, bool wide);
   // out[0..len) = the sum of the terms at columns [begin, begin + len); `out` may be one of them.
   void (*sum_one)(std::span<const Term> terms, std::size_t begin, std::size_t len,

@@ -1,17 +1,13 @@
 #include "weighted_sum.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <memory>
-#include <system_error>
-#include <thread>
 #include <vector>
 
+#include "isa.h"
 #include "row_kernels.h"
 #include "schedule.h"
+#include "threads.h"
 
 namespace gossamer {
 namespace {
@@ -21,40 +17,6 @@ constexpr std::size_t kMinBlockBytes = 2 << 10;   // shorter pieces of rows are 
 constexpr std::size_t kAlign = 64;                // blocks are whole cache lines in every dtype
 constexpr std::size_t kStreamBytes = 16 << 20;    // outputs larger than this go past the caches
 constexpr std::size_t kBytesPerThread = 4 << 20;  // starting a thread costs a fraction of this
-
-// GOSSAMER_ISA in the environment forces a set (tests compare their bits); an unknown or
-// unsupported one is ignored in favour of the best.
-const RowKernels& choose() {
-#ifdef GOSSAMER_X86
-  __builtin_cpu_init();
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  const char* forced = std::getenv("GOSSAMER_ISA");
-  const bool any = forced == nullptr;
-  if (!any && std::strcmp(forced, "baseline") == 0) return baseline::kKernels;
-  if (has_avx512 && (any || std::strcmp(forced, "avx2") != 0)) return avx512::kKernels;
-  if (has_avx2) return avx2::kKernels;
-#endif
-  return baseline::kKernels;
-}
-
-// Calls work(i, thread) for i < count on `num_threads` threads, this one (0) included. Which thread
-// does what is left to chance: no result may depend on it.
-void for_each(std::size_t count, std::size_t num_threads,
-              const std::function<void(std::size_t, std::size_t)>& work) {
-  std::atomic<std::size_t> next = 0;
-  const auto run = [&](std::size_t thread) {
-    for (std::size_t i = next++; i < count; i = next++) work(i, thread);
-  };
-  std::vector<std::jthread> helpers;
-  try {
-    for (std::size_t k = 1; k < num_threads; ++k) helpers.emplace_back(run, k);
-  } catch (const std::system_error&) {
-    // The system allows no more threads: those there are do the work.
-  }
-  run(0);
-}
 
 std::size_t threads_for(std::size_t work_bytes, std::size_t num_threads) {
   return std::clamp<std::size_t>(work_bytes / kBytesPerThread, 1,
@@ -66,8 +28,11 @@ std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 const RowKernels& kernels() {
-  static const RowKernels& chosen = choose();
-  return chosen;
+#ifdef GOSSAMER_X86
+  if (isa() == Isa::kAvx512) return avx512::kKernels;
+  if (isa() == Isa::kAvx2) return avx2::kKernels;
+#endif
+  return baseline::kKernels;
 }
 
 void weighted_sum(const WeightedSum& job, std::size_t num_threads) {
@@ -110,7 +75,5 @@ void row_dot(const Rows& x, const Rows& y, std::size_t d, Dtype dtype, double* o
              }
            });
 }
-
-const char* instruction_set() noexcept { return kernels().name; }
 
 }  // namespace gossamer

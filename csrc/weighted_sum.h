@@ -13,13 +13,9 @@
 #include <span>
 #include <vector>
 
+#include "dtype.h"
+
 namespace gossamer {
-
-enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-
-[[nodiscard]] constexpr std::size_t size_bytes(Dtype dtype) noexcept {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
 
 // `count` rows, each contiguous, the next one `stride_bytes` further. Any alignment.
 struct Rows {
@@ -57,8 +53,5 @@ void weighted_sum(const WeightedSum& job, std::size_t num_threads);
 // out[r] = sum_i x[r][i] * y[r][i], accumulated in double in 32 fixed lanes and a fixed tree.
 void row_dot(const Rows& x, const Rows& y, std::size_t d, Dtype dtype, double* out,
              std::size_t num_threads);
-
-// The instruction set chosen on this machine: "avx512", "avx2" or "baseline".
-const char* instruction_set() noexcept;
 
 }  // namespace gossamer

@@ -9,6 +9,6 @@ fi
 export HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
-clang-format --dry-run --Werror csrc/*.cpp csrc/*.h tests/csrc/*.cpp tests/csrc/*.h
+clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/csrc/*.cpp tests/csrc/*.h
 mypy
 exec pytest "$@"

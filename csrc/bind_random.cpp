@@ -1,0 +1,143 @@
+#include "bind_random.h"
+
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "philox.h"
+#include "philox_cuda.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using gossamer::Dtype;
+
+// (address, elements, begin in the stream, c1)
+using PieceTuple = std::tuple<std::uintptr_t, std::size_t, std::uint64_t, std::uint32_t>;
+// (key, c2, c3)
+using StreamTuple = std::tuple<std::uint64_t, std::uint32_t, std::uint32_t>;
+// (c2, c3, words below this are dropped)
+using MaskTuple = std::tuple<std::uint32_t, std::uint32_t, std::uint64_t>;
+using DirectionTuple = std::tuple<int, StreamTuple, std::optional<MaskTuple>>;
+using TermTuple = std::tuple<DirectionTuple, double>;
+
+std::vector<gossamer::Piece> to_pieces(const std::vector<PieceTuple>& tuples) {
+  std::vector<gossamer::Piece> pieces;
+  for (const auto& [address, n, begin, c1] : tuples) pieces.push_back({address, n, begin, c1});
+  return pieces;
+}
+
+gossamer::Direction to_direction(const DirectionTuple& tuple) {
+  const auto& [distribution, stream, mask] = tuple;
+  const auto& [key, c2, c3] = stream;
+  gossamer::Direction direction{
+      .distribution = static_cast<gossamer::Distribution>(distribution),
+      .key = key,
+      .c2 = c2,
+      .c3 = c3,
+  };
+  if (mask) std::tie(direction.mask_c2, direction.mask_c3, direction.dropped) = *mask;
+  return direction;
+}
+
+std::vector<gossamer::Term> to_terms(const std::vector<TermTuple>& tuples) {
+  std::vector<gossamer::Term> terms;
+  for (const auto& [direction, coefficient] : tuples) {
+    terms.push_back({to_direction(direction), coefficient});
+  }
+  return terms;
+}
+
+}  // namespace
+
+void bind_random(nb::module_& m) {
+  m.def("philox4x32", &gossamer::philox4x32, "counter"_a, "key"_a,
+        "One Philox4x32-10 block: four 32-bit words.");
+  m.def(
+      "fill_words",
+      [](std::uintptr_t out, std::size_t n, std::uint64_t begin, std::uint64_t key,
+         std::uint32_t c1, std::uint32_t c2, std::uint32_t c3) {
+        nb::gil_scoped_release release;
+        gossamer::fill_words(reinterpret_cast<std::uint32_t*>(out), n, begin, {key, c1, c2, c3});
+      },
+      "out"_a, "n"_a, "begin"_a, "key"_a, "c1"_a, "c2"_a, "c3"_a);
+  m.def(
+      "normals_of_words",
+      [](std::uintptr_t words, std::size_t n, std::uintptr_t out) {
+        nb::gil_scoped_release release;
+        gossamer::normals_of_words(reinterpret_cast<const std::uint32_t*>(words), n,
+                                   reinterpret_cast<float*>(out));
+      },
+      "words"_a, "n"_a, "out"_a);
+  m.def(
+      "fill_random",
+      [](const std::vector<PieceTuple>& pieces, int dtype, const DirectionTuple& direction,
+         std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        gossamer::fill_random(to_pieces(pieces), static_cast<Dtype>(dtype), to_direction(direction),
+                              num_threads);
+      },
+      "pieces"_a, "dtype"_a, "direction"_a, "num_threads"_a);
+  m.def(
+      "add_random",
+      [](const std::vector<PieceTuple>& pieces, int dtype, const DirectionTuple& direction,
+         double a, std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        gossamer::add_random(to_pieces(pieces), static_cast<Dtype>(dtype), to_direction(direction),
+                             a, num_threads);
+      },
+      "pieces"_a, "dtype"_a, "direction"_a, "a"_a, "num_threads"_a);
+  m.def(
+      "subtract_random",
+      [](const std::vector<PieceTuple>& pieces, int dtype, const std::vector<TermTuple>& terms,
+         double decay, std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        gossamer::subtract_random(to_pieces(pieces), static_cast<Dtype>(dtype), to_terms(terms),
+                                  decay, num_threads);
+      },
+      "pieces"_a, "dtype"_a, "terms"_a, "decay"_a, "num_threads"_a);
+  m.def(
+      "fill_words_cuda",
+      [](std::uintptr_t out, std::size_t n, std::uint64_t begin, std::uint64_t key,
+         std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uintptr_t stream) {
+        nb::gil_scoped_release release;
+        gossamer::fill_words_cuda(reinterpret_cast<std::uint32_t*>(out), n, begin,
+                                  {key, c1, c2, c3}, reinterpret_cast<void*>(stream));
+      },
+      "out"_a, "n"_a, "begin"_a, "key"_a, "c1"_a, "c2"_a, "c3"_a, "stream"_a);
+  m.def(
+      "fill_random_cuda",
+      [](const std::vector<PieceTuple>& pieces, int dtype, const DirectionTuple& direction,
+         std::uintptr_t stream) {
+        nb::gil_scoped_release release;
+        gossamer::fill_random_cuda(to_pieces(pieces), static_cast<Dtype>(dtype),
+                                   to_direction(direction), reinterpret_cast<void*>(stream));
+      },
+      "pieces"_a, "dtype"_a, "direction"_a, "stream"_a);
+  m.def(
+      "add_random_cuda",
+      [](const std::vector<PieceTuple>& pieces, int dtype, const DirectionTuple& direction,
+         double a, std::uintptr_t stream) {
+        nb::gil_scoped_release release;
+        gossamer::add_random_cuda(to_pieces(pieces), static_cast<Dtype>(dtype),
+                                  to_direction(direction), a, reinterpret_cast<void*>(stream));
+      },
+      "pieces"_a, "dtype"_a, "direction"_a, "a"_a, "stream"_a);
+  m.def(
+      "subtract_random_cuda",
+      [](const std::vector<PieceTuple>& pieces, int dtype, const std::vector<TermTuple>& terms,
+         double decay, std::uintptr_t stream) {
+        nb::gil_scoped_release release;
+        gossamer::subtract_random_cuda(to_pieces(pieces), static_cast<Dtype>(dtype),
+                                       to_terms(terms), decay, reinterpret_cast<void*>(stream));
+      },
+      "pieces"_a, "dtype"_a, "terms"_a, "decay"_a, "stream"_a);
+}

@@ -1,0 +1,14 @@
+// The dtypes of rows, numbered as gossamer.runtime.native does.
+#pragma once
+
+#include <cstddef>
+
+namespace gossamer {
+
+enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+[[nodiscard]] constexpr std::size_t size_bytes(Dtype dtype) noexcept {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+}  // namespace gossamer

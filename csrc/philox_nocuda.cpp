@@ -1,0 +1,25 @@
+#include <stdexcept>
+
+#include "philox_cuda.h"
+
+namespace gossamer {
+namespace {
+
+[[noreturn]] void refuse() {
+  throw std::runtime_error(
+      "random numbers on the GPU: this build has no CUDA kernels; rebuild where nvcc is on PATH");
+}
+
+}  // namespace
+
+void fill_words_cuda(std::uint32_t*, std::size_t, std::uint64_t, const Stream&, void*) { refuse(); }
+
+void fill_random_cuda(std::span<const Piece>, Dtype, const Direction&, void*) { refuse(); }
+
+void add_random_cuda(std::span<const Piece>, Dtype, const Direction&, double, void*) { refuse(); }
+
+void subtract_random_cuda(std::span<const Piece>, Dtype, std::span<const Term>, double, void*) {
+  refuse();
+}
+
+}  // namespace gossamer
