@@ -1,4 +1,4 @@
-"""gossamer bench: what mixing and messages cost here, beside the plain way to do the same."""
+"""gossamer bench: what mixing, messages and draws cost, beside the plain way to do the same."""
 
 from __future__ import annotations
 
@@ -179,6 +179,52 @@ def ddp(
         title="ddp",
         as_json=as_json,
     )
+    return 0
+
+
+@app.command()
+def random(
+    min_bytes: MinBytes = "64K",
+    max_bytes: MaxBytes = "64M",
+    factor: Factor = 32,
+    iters: Iters = 31,
+    warmup: Warmup = 3,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Adding random directions to a row on one core, against torch's normals and an addition."""
+    from rich.console import Console
+
+    from gossamer.launch.bench.measure import Options, parse_bytes, print_rows, text, text_spread
+    from gossamer.launch.bench.random import random as measure
+
+    options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
+    with Console(stderr=True).status("drawing"):
+        rows = measure(options)
+    print_rows(
+        rows,
+        {
+            "bytes": text("bytes"),
+            "normal (p10-p90)": text_spread("normal_ns", 2),
+            "torch (p10-p90)": text_spread("torch_ns", 2),
+            "torch / ours": text("normal_torch_ratio", "{:.2f}"),
+            "in place": text("in_place_ns", "{:.2f}"),
+            "/ ours": text("normal_in_place_ratio", "{:.2f}"),
+            "share": text("normal_share", "{:.0%}"),
+            "signs (p10-p90)": text_spread("rademacher_ns", 2),
+            "torch / it": text("rademacher_torch_ratio", "{:.1f}"),
+            "its share": text("rademacher_share", "{:.0%}"),
+            "copy GB/s": text("copy_gbps", "{:.1f}"),
+        },
+        title="random",
+        as_json=as_json,
+    )
+    if not as_json:
+        typer.echo(
+            "ns per element, on one core, in turn. normal, signs: x += a z in one pass\n"
+            "torch: x.add_(torch.randn(n), alpha=a); in place: x.add_(z.normal_(), alpha=a)\n"
+            "share: a plain copy's time over ours"
+        )
     return 0
 
 
