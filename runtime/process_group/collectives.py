@@ -24,6 +24,9 @@ __all__ = ["Collectives"]
 _DIRECT_BYTES = 64 << 10
 """Up to here every rank gathers all tensors whole: a second exchange costs more."""
 
+_WHOLE_BYTES = 1 << 20
+"""Up to here a row is staged once for all peers; larger ones go in pieces, as they are private."""
+
 _Op: Any = dist.ReduceOp.RedOpType  # its members have no types
 _OPERATORS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     _Op.SUM: torch.add,
@@ -103,7 +106,11 @@ class Collectives:
 
     def broadcast(self, x: Tensor, root: int, operation: str, timeout_s: float) -> None:
         """Copy rank ``root``'s ``x`` into everyone's."""
-        if self.rank == root:
+        if x.nbytes <= _WHOLE_BYTES:
+            own = x if self.rank == root else None
+            status = self._shared.broadcast(own, x[None], root, timeout_s)
+            self._shared.check(status, operation, timeout_s)
+        elif self.rank == root:
             self._exchange([(p, x) for p in self._others], [], operation, timeout_s)
         else:
             self._exchange([], [(root, x)], operation, timeout_s)
@@ -119,6 +126,19 @@ class Collectives:
             timeout_s,
         )
         _copy(outs[self.rank], x)
+
+    def all_gather_single(self, out: Tensor, x: Tensor, operation: str, timeout_s: float) -> None:
+        """Copy rank i's ``x`` into part i of ``out``; ``x`` may be this rank's part."""
+        if out.numel() != self.size * x.numel():
+            raise ValueError(
+                f"{operation}: {out.numel()} elements for {self.size} times {x.numel()} (gossamer)"
+            )
+        rows = out.view(self.size, -1) if len(x) else out.new_empty(self.size, 0)
+        if x.nbytes <= _WHOLE_BYTES:
+            status = self._shared.gather(x[None], rows, [1] * self.size, timeout_s)
+            self._shared.check(status, operation, timeout_s)
+        else:
+            self.all_gather(list(rows), x, operation, timeout_s)
 
     def gather(
         self, outs: Sequence[Tensor], x: Tensor, root: int, operation: str, timeout_s: float

@@ -177,8 +177,7 @@ class GossamerGroup(NamedGroup):
         def body(operation: str, timeout_s: float) -> None:
             for output, x in zip(outputs, inputs, strict=True):
                 flat = flatten(output)
-                parts = cut(flat, [], self.size())
-                self._collectives.all_gather(parts, flatten(x), operation, timeout_s)
+                self._collectives.all_gather_single(flat, flatten(x), operation, timeout_s)
                 write_back(output, flat)
 
         return self._start("all_gather", body, outputs, opts)

@@ -20,7 +20,7 @@ from process_group_setup import (
 from torch import nn
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32]
-SIZES = [0, 1, 7, 1000, 70_001]  # inline, one message, whole rows, pieces
+SIZES = [0, 1, 7, 1000, 300_001]  # in the message, staged whole, in pieces
 OPS = ["SUM", "PRODUCT", "MIN", "MAX"]
 
 
@@ -103,6 +103,13 @@ def check_all_gather():
             return [out]
 
         same(single)
+    for size in SIZES:  # in place
+        out = torch.empty(N * size)
+        out.view(N, size)[RANK] = values(size)
+        all_gather_single(out, out[RANK * size : (RANK + 1) * size])
+        rows = [torch.empty(size) for _ in range(N)]
+        dist.all_gather(rows, values(size), group=GLOO)
+        assert torch.equal(out, torch.cat(rows))
     uneven = [torch.empty(3 * p + 1) for p in range(N)]  # gloo needs equal sizes
     dist.all_gather(uneven, torch.full((3 * RANK + 1,), float(RANK)))
     assert all((row == p).all() for p, row in enumerate(uneven))
