@@ -25,7 +25,7 @@ OPS = ["SUM", "PRODUCT", "MIN", "MAX"]
 
 
 def check_all_reduce():
-    for dtype, size, op in itertools.product(DTYPES, SIZES, OPS):
+    for dtype, size, op in itertools.product(DTYPES, [*SIZES[:-1], 70_001], OPS):
 
         def run(group, dtype=dtype, size=size, op=op):
             x = values(size, dtype=dtype)
