@@ -24,18 +24,12 @@ namespace {
 using gossamer::AveragePlan;
 using gossamer::Group;
 using gossamer::Rows;
-using gossamer::Status;
 using Release = nb::gil_scoped_release;
 
 using TicketTuple = std::tuple<std::int64_t, std::int64_t, std::uint64_t>;
 using TransferTuple = std::tuple<std::uint32_t, std::uintptr_t, std::size_t>;
 template <typename T>
 using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-// 0: done; else the outcome, and the peer times 8.
-std::int64_t pack(const Status& status) {
-  return static_cast<std::int64_t>(status.outcome) + 8 * static_cast<std::int64_t>(status.peer);
-}
 
 // Python's handlers of signals run between sleeps; one that raises ends the wait.
 void look_for_signals() {

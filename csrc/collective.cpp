@@ -81,9 +81,4 @@ std::size_t Collective::clamp_width(std::size_t bytes, std::size_t element_bytes
   return std::min(width, std::max<std::size_t>(d, 1));
 }
 
-bool Collective::overlap(const Rows& x, std::size_t row_bytes, const Rows& y) {
-  if (x.count == 0 || y.count == 0) return false;
-  return x.address < y.row(y.count - 1) + row_bytes && y.address < x.row(x.count - 1) + row_bytes;
-}
-
 }  // namespace gossamer

@@ -95,7 +95,6 @@ class Collective {
   [[nodiscard]] std::uint64_t offset_of(const void* own) const { return g_.offset_of(own); }
 
   static std::size_t clamp_width(std::size_t bytes, std::size_t element_bytes, std::size_t d);
-  static bool overlap(const Rows& x, std::size_t row_bytes, const Rows& y);
 
   Group& g_;
   const double timeout_s_;

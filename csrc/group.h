@@ -104,6 +104,7 @@ class Group : public std::enable_shared_from_this<Group> {
  private:
   friend class Exchange;
   friend class Collective;
+  friend class DeviceGroup;
 
   struct Header;
   struct Staged {  // a part of the segment, free when all its messages are consumed

@@ -28,6 +28,12 @@ struct Rows {
   }
 };
 
+// Whether the ranges from the first row to the end of the last, of `row_bytes` each, meet.
+[[nodiscard]] inline bool overlap(const Rows& x, std::size_t row_bytes, const Rows& y) noexcept {
+  if (x.count == 0 || y.count == 0) return false;
+  return x.address < y.row(y.count - 1) + row_bytes && y.address < x.row(x.count - 1) + row_bytes;
+}
+
 struct WeightedSum {
   std::vector<Rows> blocks;               // their rows, one after another, are the row table
   std::span<const std::int64_t> indptr;   // the terms of output r are indptr[r]..indptr[r + 1]

@@ -176,7 +176,7 @@ class Communicator(RankGroup):
         out = self._output(x, out)
         t = self._place_in_schedule()
         self.traffic.count(self._plans(t).degree, rounds, rounds * x.shape[1] * x.itemsize)
-        future = self._background().submit(self._average, t, x, out, axpy, rounds)
+        future = self._background(self._average, t, x, out, axpy, rounds)
         self._last = future
         return Work(future, self, "neighbor_average")
 
@@ -198,7 +198,7 @@ class Communicator(RankGroup):
         """Start ``neighbor_gather`` and return at once; ``x`` belongs to it until ``wait``."""
         plan = self._plan_now()
         self.traffic.count(plan.degree, 1, x.shape[1] * x.itemsize)
-        future = self._background().submit(self._gather, plan, x)
+        future = self._background(self._gather, plan, x)
         self._last = future
         return Work(future, self, "neighbor_gather")
 
@@ -264,13 +264,17 @@ class Communicator(RankGroup):
             )
         return out
 
-    def _background(self) -> ThreadPoolExecutor:
-        """Return the thread on which asynchronous operations run, one after another."""
+    def _background(self, operation: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Start an operation on the thread where they run one after another.
+
+        On a GPU it queues its work on the stream that is current here.
+        """
         if self._worker is None:
-            self._worker = ThreadPoolExecutor(
-                1, "gossamer-comm", initializer=_use_device, initargs=(self.device,)
-            )
-        return self._worker
+            self._worker = ThreadPoolExecutor(1, "gossamer-comm")
+        if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
+            return self._worker.submit(_on_stream, stream, operation, *arguments)
+        return self._worker.submit(operation, *arguments)
 
     def _settle(self) -> None:
         """Let an operation in flight finish first; its error is raised by its own ``wait``."""
@@ -404,7 +408,6 @@ class Communicator(RankGroup):
         return self._scratch[key]
 
 
-def _use_device(device: torch.device) -> None:
-    """Make ``device`` the thread's own: torch's current GPU is one per thread."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def _on_stream(stream: torch.cuda.Stream, operation: Callable[..., T], *arguments: Any) -> T:
+    with torch.cuda.stream(stream):  # the thread's current GPU and stream: each thread has its own
+        return operation(*arguments)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 try:
     from gossamer.runtime import _C
-    from gossamer.runtime._C import AveragePlan, Exchange, Group
+    from gossamer.runtime._C import AveragePlan, DeviceGroup, Exchange, Group
 except ImportError as error:
     raise ImportError(
         "gossamer's compiled module is missing; build it with "
@@ -23,6 +23,7 @@ __all__ = [
     "ALIGNMENT",
     "DTYPES",
     "AveragePlan",
+    "DeviceGroup",
     "Direction",
     "Exchange",
     "Group",
@@ -160,7 +161,7 @@ def weighted_sum(
         if addend[1] != target[1]:
             raise ValueError(f"weighted_sum: axpy is {tuple(y.shape)}, out {tuple(out.shape)}")
     if not out.is_cpu:
-        return _weighted_sum_torch(blocks, terms, out, a, y)
+        return _weighted_sum_elsewhere(blocks, terms, out, a, y, wide)
     _C.weighted_sum(
         table,
         terms.indptr,
@@ -205,18 +206,57 @@ def combine(blocks: Sequence[Tensor], weights: np.ndarray, out: Tensor) -> Tenso
             columns=np.arange(count * rows, dtype=np.int64).reshape(count, rows).T.reshape(-1),
             weights=np.broadcast_to(weights.reshape(-1, count), (rows, count)).reshape(-1),
         )
-        return _weighted_sum_torch(blocks, terms, out, 0.0, None)
+        return _weighted_sum_elsewhere(blocks, terms, out, 0.0, None, False)
     _C.combine(table, weights, target, out.shape[1], DTYPES[out.dtype], num_threads())
     return out
 
 
 @torch.no_grad()
-def _weighted_sum_torch(
-    blocks: Sequence[Tensor], terms: Terms, out: Tensor, a: float, y: Tensor | None
+def _weighted_sum_elsewhere(
+    blocks: Sequence[Tensor], terms: Terms, out: Tensor, a: float, y: Tensor | None, wide: bool
 ) -> Tensor:
-    """The same sums on a device that the C++ kernel cannot reach: equal to rounding."""
+    """The same sums on another device than the CPU: the same bits where there is a kernel."""
+    if wide or not out.is_cuda or not _C.built_with_cuda():
+        return _weighted_sum_torch(blocks, terms, out, a, y, wide)
+    sources = [_rows("block", rows, out) for rows in (*blocks, *([] if y is None else [y]))]
+    result = out
+    if any(_meet(rows, _rows("out", out, out), out) for rows in sources):
+        result = torch.empty_like(out, memory_format=torch.contiguous_format)
+    with torch.cuda.device(out.device):
+        _C.weighted_sum_cuda(
+            sources[: len(blocks)],
+            terms.indptr,
+            terms.columns,
+            terms.weights,
+            _rows("out", result, out),
+            None if y is None else sources[-1],
+            a,
+            out.shape[1],
+            DTYPES[out.dtype],
+            _stream(out),
+        )
+    return out if result is out else out.copy_(result)
+
+
+def _meet(a: _Rows, b: _Rows, like: Tensor) -> bool:
+    """Say whether the ranges from the first row to the end of the last overlap."""
+    (a_at, a_count, a_stride), (b_at, b_count, b_stride) = a, b
+    row_bytes = like.shape[1] * like.itemsize
+    if a_count == 0 or b_count == 0:
+        return False
+    return (
+        a_at < b_at + (b_count - 1) * b_stride + row_bytes
+        and b_at < a_at + (a_count - 1) * a_stride + row_bytes
+    )
+
+
+@torch.no_grad()
+def _weighted_sum_torch(
+    blocks: Sequence[Tensor], terms: Terms, out: Tensor, a: float, y: Tensor | None, wide: bool
+) -> Tensor:
+    """The same sums where there is no kernel: equal to rounding."""
     table = [row for block in blocks for row in block]
-    accumulator = torch.float64 if out.dtype == torch.float64 else torch.float32
+    accumulator = torch.float64 if wide or out.dtype == torch.float64 else torch.float32
     sums = []
     for r in range(out.shape[0]):
         total = torch.zeros(out.shape[1], dtype=accumulator, device=out.device)

@@ -36,7 +36,10 @@ class SharedMemory:
     Attributes:
         process: this process, 0..processes-1.
         processes: how many there are.
+        device: where rows live.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, job: bytes, process: int, processes: int, names: Sequence[int]) -> None:
         """Reserve address space; nothing is shared before ``attach``.

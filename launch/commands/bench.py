@@ -229,6 +229,57 @@ def random(
 
 
 @app.command()
+def device(
+    ranks: Annotated[int, typer.Option(min=0, help="Processes; 0: the kernel alone.")] = 4,
+    graph: Annotated[str, typer.Option(help="Topology by name.")] = "ring",
+    min_bytes: MinBytes = "1M",
+    max_bytes: MaxBytes = "1G",
+    factor: Factor = 4,
+    iters: Iters = 10,
+    warmup: Warmup = 2,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Averages on a GPU, against copies in its memory and gloo; needs a GPU.
+
+    Checks every dtype on several graphs against the CPU's bits first.
+    """
+    from rich.console import Console
+
+    from gossamer.launch.bench.device import DeviceRequest
+    from gossamer.launch.bench.device import device as measure
+    from gossamer.launch.bench.measure import Options, parse_bytes, print_rows, text, text_spread
+
+    options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
+    with Console(stderr=True).status("") as status:
+        rows = measure(DeviceRequest(ranks, graph, options), status.update)
+    print_rows(
+        rows,
+        {
+            "operation": text("operation"),
+            "n": text("ranks"),
+            "dtype": text("dtype"),
+            "bytes": text("bytes"),
+            "us (p10-p90)": text_spread("us", 1),
+            "GB/s": text("gbps", "{:.0f}"),
+            "copy GB/s": text("copy_gbps", "{:.0f}"),
+            "share": text("share", "{:.0%}"),
+            "gloo us": text("gloo_us", "{:.0f}"),
+            "/ ours": text("gloo_ratio", "{:.1f}"),
+        },
+        title="device",
+        as_json=as_json,
+    )
+    if not as_json:
+        typer.echo(
+            "GB/s: rows read and written, by all processes of a GPU together. copy: of one row, "
+            "read and written.\ngloo: rows to the host's memory, exchanged and added up there, "
+            "and back."
+        )
+    return 0
+
+
+@app.command()
 def simulate(
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, by commas.")] = "64,512,4096",
     graphs: Annotated[

@@ -14,16 +14,26 @@ from torch import Tensor
 
 from gossamer.runtime import meeting
 from gossamer.runtime.collectives import RankGroup
+from gossamer.runtime.device_memory import DeviceExchange, DeviceMemory
+from gossamer.runtime.errors import CommError
 from gossamer.runtime.native import Exchange
 from gossamer.runtime.shared_memory import SharedMemory
 from gossamer.runtime.transports.base import Pending, Transfers
 
-__all__ = ["NativeTransport", "hosts_of", "meet_on_host"]
+__all__ = ["NativeTransport", "hosts_of", "meet_on_device", "meet_on_host"]
+
+
+_TRY_S = 60.0
+"""The first use of a GPU takes seconds."""
 
 
 class _Transfer:
     def __init__(
-        self, shared: SharedMemory, exchange: Exchange, operation: str, kept: Transfers
+        self,
+        shared: SharedMemory,
+        exchange: Exchange | DeviceExchange,
+        operation: str,
+        kept: Transfers,
     ) -> None:
         self._shared, self._exchange, self._operation = shared, exchange, operation
         self._kept = kept  # the exchange knows their addresses only
@@ -45,7 +55,7 @@ class NativeTransport:
             abort: how to end every process of the run, as the launcher's transport does it.
         """
         self.process, self.processes = shared.process, shared.processes
-        self.device = torch.device("cpu")
+        self.device = shared.device
         self.shared: SharedMemory | None = shared
         self._abort = abort
 
@@ -86,6 +96,42 @@ def meet_on_host(group: RankGroup, members: Sequence[int]) -> SharedMemory:
     """
     process = group.transport.process
     return meeting.meet_on_host(partial(_gather_texts, group), process, members)
+
+
+def meet_on_device(
+    group: RankGroup, members: Sequence[int], open_memory: Callable[[SharedMemory], DeviceMemory]
+) -> tuple[DeviceMemory | None, str]:
+    """Share GPU memory with ``members``; every process calls it, and all find the same.
+
+    Args:
+        group: all processes of the run, one rank each.
+        members: processes of this host, this one among them, ascending.
+        open_memory: puts rows on this process's device.
+
+    Returns:
+        The memory and '', or None and what stood in the way.
+    """
+    shared = meet_on_host(group, members)
+    memory, failure = None, ""
+    try:
+        memory = open_memory(shared)
+    except CommError as error:
+        failure = str(error)
+    failure = _first_failure(group, failure)
+    if memory is not None and not failure:  # everyone has some
+        try:
+            memory.try_out(_TRY_S)
+        except CommError as error:
+            failure = str(error)
+        failure = _first_failure(group, failure)
+    if not failure:
+        return memory, ""
+    (memory or shared).close()
+    return None, failure
+
+
+def _first_failure(group: RankGroup, failure: str) -> str:
+    return next((text for text in _gather_texts(group, failure) if text), "")
 
 
 def _gather_texts(group: RankGroup, text: str) -> list[str]:

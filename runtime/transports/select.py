@@ -7,12 +7,15 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
 from gossamer.runtime.errors import ConfigError, nearest
 from gossamer.runtime.transports.base import Transport
+
+if TYPE_CHECKING:
+    from gossamer.runtime.collectives import RankGroup
 
 __all__ = [
     "TRANSPORTS",
@@ -102,10 +105,15 @@ def _number(
 def open_transport(name: str = "auto", *, timeout_s: float = 300.0) -> Transport:
     """Open the transport ``name``; ``auto`` follows the launcher.
 
-    Nothing launched: ``stacked``. GPUs, one per process: ``nccl`` alone, between hosts and inside
-    them, as shared memory here is the CPU's. Else the processes meet over ``mpi`` (mpirun) or
-    ``gloo`` (torchrun, srun) and go on with ``native`` where all are on one host, with ``hybrid``
-    over the one they met with where some share a host, and with that one alone where none do.
+    Nothing launched: ``stacked``. Several hosts with GPUs, one per process: ``nccl`` alone, between
+    hosts and inside them, as ``hybrid`` is of the CPU's memory. Else the processes meet over
+    ``mpi`` (mpirun) or ``gloo`` (torchrun, srun) and go on with ``native`` where all are on one
+    host, with ``hybrid`` over the one they met with where some share a host, and with that one
+    alone where none do.
+
+    ``native`` keeps rows on GPUs where every process sees one (several may share it) and can read
+    its peers' memory there. Where some cannot, ``nccl`` takes its place if there is a GPU per
+    process, else rows stay on the CPU; process 0 logs why.
 
     Raises:
         ConfigError: unknown name, or one that does not fit how the program was started.
@@ -160,11 +168,41 @@ def _share_memory(name: str, meeting: Transport, timeout_s: float) -> Transport:
     if fitting == meeting.name:
         return meeting
     members = next(host for host in hosts if meeting.process in host)
+    if fitting == "native" and (on_gpus := _on_gpus(group, meeting, timeout_s)) is not None:
+        return on_gpus
     inside = NativeTransport(meet_on_host(group, members), meeting.abort)
     if fitting == "hybrid":
         return HybridTransport(meeting, inside, hosts)
     meeting.close()
     return inside
+
+
+def _on_gpus(group: RankGroup, meeting: Transport, timeout_s: float) -> Transport | None:
+    """Return the transport between the GPUs of one host; None where rows stay on the CPU.
+
+    Every process calls it, and all find the same.
+    """
+    from gossamer.runtime.device_memory import DeviceMemory
+    from gossamer.runtime.transports.native import NativeTransport, meet_on_device
+    from gossamer.runtime.transports.torch_distributed import NcclTransport, TorchTransport
+
+    gpus = torch.cuda.device_count()
+    fewest = int(group.all_reduce(torch.tensor([[gpus]]), "min", count=False))
+    if fewest == 0:
+        return None
+    device = torch.device("cuda", meeting.process % gpus)
+    memory, failure = meet_on_device(
+        group, range(meeting.processes), lambda shared: DeviceMemory.on_cuda(shared, device)
+    )
+    if memory is not None:
+        meeting.close()
+        return NativeTransport(memory, meeting.abort)
+    one_each = fewest >= meeting.processes and isinstance(meeting, TorchTransport)
+    if meeting.process == 0:
+        log.warning("transport: %s; %s", failure, "nccl instead" if one_each else "rows on the CPU")
+    if one_each and isinstance(meeting, TorchTransport):
+        return NcclTransport(timeout_s, meeting)
+    return None
 
 
 def _open(name: str, launcher: Launcher, timeout_s: float) -> Transport:
@@ -201,7 +239,7 @@ def transport_name(name: str) -> str:
     if name == "auto":
         if launcher == "none":
             return "stacked"
-        return "nccl" if launcher != "mpi" and _torch_backend() == "nccl" else "auto"
+        return "nccl" if launcher != "mpi" and _hosts_with_gpus() else "auto"
     if name == "stacked" and world_size() > 1:
         raise ConfigError(
             f"transport: stacked runs in one process, but {launcher} started {world_size()}; "
@@ -230,15 +268,17 @@ def transport_name(name: str) -> str:
     return name
 
 
-def _torch_backend() -> str:
-    """Return ``nccl`` where every process of this node has a GPU of its own, else ``gloo``."""
+def _hosts_with_gpus() -> bool:
+    """Say whether there are several nodes, and every process of this one has its own GPU."""
     gpus = torch.cuda.device_count()
     on_slurm = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_TASKS_PER_NODE", ""))  # "4(x2),3"
     most = max(map(int, on_slurm), default=world_size())
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or most)
+    if here >= world_size():
+        return False
     if 0 < gpus < here:
-        log.warning("transport: %d GPUs for %d processes here: gloo on CPUs", gpus, here)
-    return "nccl" if gpus >= here else "gloo"
+        log.warning("transport: %d GPUs for %d processes here: rows on the CPU", gpus, here)
+    return gpus >= here
 
 
 def _set_torch_variables(launcher: Launcher) -> None:

@@ -60,11 +60,18 @@ class TorchTransport:
     name = "gloo"
     shared: SharedMemory | None = None
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, meeting: TorchTransport | None = None) -> None:
+        """Join the others.
+
+        Args:
+            timeout_s: for starting, and for each operation where the backend has no other bound.
+            meeting: a transport whose process group this one goes on with, and closes.
+        """
         self._timeout = timedelta(seconds=timeout_s)
-        self._owns_default = not dist.is_initialized()
+        taken_over = meeting is not None and meeting._owns_default
+        self._owns_default: bool = not dist.is_initialized() or taken_over
         try:
-            if self._owns_default:
+            if not dist.is_initialized():
                 dist.init_process_group(
                     self.name,
                     init_method=os.environ.get("GOSSAMER_RENDEZVOUS"),
@@ -130,7 +137,7 @@ class NcclTransport(TorchTransport):
 
     name = "nccl"
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, meeting: TorchTransport | None = None) -> None:
         device = self._device()
         if torch.cuda.device_count() <= device.index:
             raise ConfigError(
@@ -138,7 +145,7 @@ class NcclTransport(TorchTransport):
                 f"and there are {torch.cuda.device_count()}; use transport: gloo"
             )
         torch.cuda.set_device(device)  # batched transfers use the current device
-        super().__init__(timeout_s)
+        super().__init__(timeout_s, meeting)
 
     def _device(self) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,9 +1,15 @@
-"""The communicator under mpirun, over MPI, shared memory and both, against the stacked one."""
+"""The communicator under mpirun, over MPI, shared memory and both, against the stacked one.
+
+And over device memory, which is threads' here.
+"""
 
 import pytest
 import torch
+from device_worker import InStep
 
 from gossamer.runtime import Communicator, StackedTransport, open_transport
+from gossamer.runtime.collectives import RankGroup
+from gossamer.runtime.transports.native import NativeTransport, meet_on_host
 from gossamer.runtime.transports.select import world_size
 from gossamer.topologies import build
 
@@ -19,9 +25,18 @@ def halves(group):
     return [processes[: len(processes) // 2], processes[len(processes) // 2 :]]
 
 
-@pytest.fixture(scope="module", params=["mpi", "native", "hybrid"])
+@pytest.fixture(scope="module", params=["mpi", "native", "hybrid", "device"])
 def transport(request):
     """One transport for all tests."""
+    if request.param == "device":
+        meeting = open_transport("mpi", timeout_s=60)
+        group = RankGroup(meeting.processes, meeting, timeout_s=60)
+        memory = InStep(meet_on_host(group, range(meeting.processes)))
+        meeting.close()
+        opened = NativeTransport(memory, meeting.abort)
+        yield opened
+        opened.close()
+        return
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "hybrid":
             if world_size() < 3:

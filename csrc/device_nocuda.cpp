@@ -1,0 +1,18 @@
+// What a build without CUDA has in place of device_cuda.cu and row_sums.cu.
+#include <stdexcept>
+
+#include "device.h"
+
+namespace gossamer {
+namespace {
+
+[[noreturn]] void refuse() {
+  throw std::runtime_error("this build has no CUDA kernels; rebuild where nvcc is on PATH");
+}
+
+}  // namespace
+
+std::unique_ptr<Device> make_cuda_device(int) { refuse(); }
+void sum_rows_cuda(const RowSums&, DeviceStream) { refuse(); }
+
+}  // namespace gossamer
