@@ -23,7 +23,7 @@ from gossamer.runtime.transports.stacked import StackedTransport
 class Mailboxes:
     """A transport between the threads of one test."""
 
-    name, device = "mailboxes", torch.device("cpu")
+    name, device, shared = "mailboxes", torch.device("cpu"), None
 
     def __init__(self, process, processes, boxes):
         self.process, self.processes, self._boxes = process, processes, boxes
