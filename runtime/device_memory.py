@@ -165,7 +165,7 @@ class DeviceMemory(SharedMemory):
         """Queue copies of the row of process ``root`` into ``out``; returns a status.
 
         Args:
-            x: (m,), contiguous, on the root; None on the others.
+            x: (m,) or (1, m), contiguous, on the root; None on the others.
             out: (1, m), contiguous; may be ``x`` on the root.
             root: the process that has the row.
             timeout_s: for each wait.
@@ -175,7 +175,7 @@ class DeviceMemory(SharedMemory):
         others = [p for p in range(self.processes) if p != self.process]
         status = self.exchange([(p, x) for p in others], []).wait(timeout_s)
         if out.data_ptr() != x.data_ptr():
-            out[0].copy_(x)
+            out.copy_(x.view_as(out))
         return status
 
     def try_out(self, timeout_s: float) -> None:
