@@ -48,8 +48,8 @@ gossamer::Direction to_direction(const DirectionTuple& tuple) {
   return direction;
 }
 
-std::vector<gossamer::Term> to_terms(const std::vector<TermTuple>& tuples) {
-  std::vector<gossamer::Term> terms;
+std::vector<gossamer::ScaledDirection> to_terms(const std::vector<TermTuple>& tuples) {
+  std::vector<gossamer::ScaledDirection> terms;
   for (const auto& [direction, coefficient] : tuples) {
     terms.push_back({to_direction(direction), coefficient});
   }

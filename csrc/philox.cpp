@@ -81,8 +81,9 @@ void add_random(std::span<const Piece> pieces, Dtype dtype, const Direction& dir
             [&](const Piece& part) { kernels().add(part, dtype, direction, a); });
 }
 
-void subtract_random(std::span<const Piece> pieces, Dtype dtype, std::span<const Term> terms,
-                     double decay, std::size_t num_threads) {
+void subtract_random(std::span<const Piece> pieces, Dtype dtype,
+                     std::span<const ScaledDirection> terms, double decay,
+                     std::size_t num_threads) {
   for_parts(pieces, dtype, num_threads,
             [&](const Piece& part) { kernels().subtract(part, dtype, terms, decay); });
 }

@@ -176,18 +176,19 @@ __global__ void add_kernel(Piece piece, Direction direction, Accumulator<T> a) {
 }
 
 struct FewTerms {
-  Term at[kTermsByValue];
+  ScaledDirection at[kTermsByValue];
 };
 
 // The terms are in `many` where they do not fit into `few`.
 template <typename T>
-__global__ void subtract_kernel(Piece piece, const __grid_constant__ FewTerms few, const Term* many,
-                                std::size_t count, Accumulator<T> decay) {
+__global__ void subtract_kernel(Piece piece, const __grid_constant__ FewTerms few,
+                                const ScaledDirection* many, std::size_t count,
+                                Accumulator<T> decay) {
   using Acc = Accumulator<T>;
   for_quads<T, true>(piece, [&](std::uint64_t quad, T* x) {
     Acc sum[4] = {};
     for (std::size_t k = 0; k < count; ++k) {
-      const Term& term = many != nullptr ? many[k] : few.at[k];
+      const ScaledDirection& term = many != nullptr ? many[k] : few.at[k];
       const Acc coefficient = static_cast<Acc>(term.coefficient);
       float z[4];
       draw(term.direction, piece.c1, quad, z);
@@ -237,7 +238,7 @@ void for_pieces(std::span<const Piece> pieces, Dtype dtype, const char* what, La
 // Terms in device memory, for one stream: allocated and freed in its order.
 class DeviceTerms {
  public:
-  DeviceTerms(std::span<const Term> terms, cudaStream_t stream) : stream_(stream) {
+  DeviceTerms(std::span<const ScaledDirection> terms, cudaStream_t stream) : stream_(stream) {
     check(cudaMallocAsync(&memory_, terms.size_bytes(), stream), "memory for directions");
     // From pageable memory: the call returns when the terms are staged.
     const cudaError_t copied =
@@ -251,7 +252,9 @@ class DeviceTerms {
   DeviceTerms(const DeviceTerms&) = delete;
   DeviceTerms& operator=(const DeviceTerms&) = delete;
 
-  [[nodiscard]] const Term* data() const noexcept { return static_cast<const Term*>(memory_); }
+  [[nodiscard]] const ScaledDirection* data() const noexcept {
+    return static_cast<const ScaledDirection*>(memory_);
+  }
 
  private:
   void* memory_ = nullptr;
@@ -287,10 +290,10 @@ void add_random_cuda(std::span<const Piece> pieces, Dtype dtype, const Direction
   });
 }
 
-void subtract_random_cuda(std::span<const Piece> pieces, Dtype dtype, std::span<const Term> terms,
-                          double decay, void* cuda_stream) {
+void subtract_random_cuda(std::span<const Piece> pieces, Dtype dtype,
+                          std::span<const ScaledDirection> terms, double decay, void* cuda_stream) {
   const auto stream = static_cast<cudaStream_t>(cuda_stream);
-  const auto run = [&](const FewTerms& few, const Term* many) {
+  const auto run = [&](const FewTerms& few, const ScaledDirection* many) {
     for_pieces(pieces, dtype, "subtract_kernel",
                [&]<typename T>(T*, const Piece& piece, unsigned blocks) {
                  subtract_kernel<T><<<blocks, kThreads, 0, stream>>>(

@@ -48,7 +48,7 @@ struct Piece {
   std::uint32_t c1;
 };
 
-struct Term {
+struct ScaledDirection {
   Direction direction;
   double coefficient;
 };
@@ -75,7 +75,7 @@ void add_random(std::span<const Piece> pieces, Dtype dtype, const Direction& dir
                 std::size_t num_threads);
 // s = 0; for each term in order s = fma(coefficient, z, s); x = (x - s) - (decay * x), each
 // operation rounded.
-void subtract_random(std::span<const Piece> pieces, Dtype dtype, std::span<const Term> terms,
-                     double decay, std::size_t num_threads);
+void subtract_random(std::span<const Piece> pieces, Dtype dtype,
+                     std::span<const ScaledDirection> terms, double decay, std::size_t num_threads);
 
 }  // namespace gossamer

@@ -20,7 +20,7 @@ void fill_random_cuda(std::span<const Piece> pieces, Dtype dtype, const Directio
                       void* cuda_stream);
 void add_random_cuda(std::span<const Piece> pieces, Dtype dtype, const Direction& direction,
                      double a, void* cuda_stream);
-void subtract_random_cuda(std::span<const Piece> pieces, Dtype dtype, std::span<const Term> terms,
-                          double decay, void* cuda_stream);
+void subtract_random_cuda(std::span<const Piece> pieces, Dtype dtype,
+                          std::span<const ScaledDirection> terms, double decay, void* cuda_stream);
 
 }  // namespace gossamer

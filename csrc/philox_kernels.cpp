@@ -121,7 +121,8 @@ void add(const Piece& piece, Dtype dtype, const Direction& direction, double a) 
   });
 }
 
-void subtract(const Piece& piece, Dtype dtype, std::span<const Term> terms, double decay) {
+void subtract(const Piece& piece, Dtype dtype, std::span<const ScaledDirection> terms,
+              double decay) {
   constexpr std::size_t kSpan = 8 * kTile;  // what one direction is set up for
   alignas(64) float z[kTile];
   as_type(dtype, [&]<typename T>(T*) {
@@ -131,7 +132,7 @@ void subtract(const Piece& piece, Dtype dtype, std::span<const Term> terms, doub
     for_tiles<kSpan>(piece.n, piece.begin,
                      [&](std::uint64_t first, std::size_t at, std::size_t skip, std::size_t len) {
                        std::memset(sum, 0, sizeof sum);
-                       for (const Term& term : terms) {
+                       for (const ScaledDirection& term : terms) {
                          Draws draws(term.direction, piece.c1);
                          const auto coefficient = static_cast<Acc>(term.coefficient);
                          for (std::size_t k = 0; k < skip + len; k += kTile) {

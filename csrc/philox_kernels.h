@@ -10,7 +10,8 @@ struct PhiloxKernels {
   void (*normals)(const std::uint32_t* words, std::size_t n, float* out);
   void (*fill)(const Piece& piece, Dtype dtype, const Direction& direction);
   void (*add)(const Piece& piece, Dtype dtype, const Direction& direction, double a);
-  void (*subtract)(const Piece& piece, Dtype dtype, std::span<const Term> terms, double decay);
+  void (*subtract)(const Piece& piece, Dtype dtype, std::span<const ScaledDirection> terms,
+                   double decay);
 };
 
 namespace baseline {

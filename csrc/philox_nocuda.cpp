@@ -18,7 +18,8 @@ void fill_random_cuda(std::span<const Piece>, Dtype, const Direction&, void*) { 
 
 void add_random_cuda(std::span<const Piece>, Dtype, const Direction&, double, void*) { refuse(); }
 
-void subtract_random_cuda(std::span<const Piece>, Dtype, std::span<const Term>, double, void*) {
+void subtract_random_cuda(std::span<const Piece>, Dtype, std::span<const ScaledDirection>, double,
+                          void*) {
   refuse();
 }
 
