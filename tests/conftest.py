@@ -14,6 +14,8 @@ MPI_ENVIRONMENT = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
 
+MANY_PROCESSES = ("csrc", "distributed", "faults")
+
 
 @pytest.fixture
 def launch_environment() -> dict[str, str]:
@@ -25,11 +27,17 @@ def launch_environment() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU, or MPI ranks, where there are none."""
+    """Skip what needs a GPU, or MPI ranks, where there are none; keep jobs of many processes apart.
+
+    Under ``pytest -n`` one worker runs all of MANY_PROCESSES, one test at a time: two such jobs at
+    once would only take each other's cores.
+    """
     import torch
 
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
     for item in items:
+        if item.path.parent.name in MANY_PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("many processes"))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("mpi") and ranks == 1:

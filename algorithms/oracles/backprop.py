@@ -194,7 +194,11 @@ class Backprop(Oracle):
 
     def _seed_dropout(self, rank: int, draw: int) -> None:
         """Count the masks of dropout, which come from torch's generator, like any other stream."""
-        torch.manual_seed(self._comm.random("dropout", ids=(rank,), draw=draw).seed())
+        seed = self._comm.random("dropout", ids=(rank,), draw=draw).seed()
+        # Not torch.manual_seed: where no GPU was used yet it formats a stack (milliseconds).
+        torch.default_generator.manual_seed(seed)
+        if self._grad.is_cuda:
+            torch.cuda.manual_seed(seed)
 
     def _backward(self, row: Tensor, grad: Tensor, i: int, inputs: tuple[Tensor, ...]) -> Tensor:
         module = self._module_at(row, i, grad)

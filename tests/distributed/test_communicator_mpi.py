@@ -13,7 +13,7 @@ from gossamer.runtime.transports.native import NativeTransport, meet_on_host
 from gossamer.runtime.transports.select import world_size
 from gossamer.topologies import build
 
-pytestmark = pytest.mark.mpi(min_size=2)
+pytestmark = pytest.mark.mpi
 
 N = 6
 GRAPHS = ["ring", "exponential", "one_peer_exponential", "star", "complete", "directed_ring"]

@@ -14,7 +14,7 @@ def test_the_communicator_suite_passes_under_mpirun(processes, launch_environmen
     mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or "mpirun"
     folder = Path(__file__).parent
     command = [mpirun, "-n", str(processes), sys.executable, "-m", "mpi4py", "-m", "pytest", "-x"]
-    command += ["--only-mpi", "-p", "no:cacheprovider", "-q", str(folder)]
+    command += ["-m", "mpi", "-p", "no:cacheprovider", "-q", str(folder)]
     done = subprocess.run(
         command, env=launch_environment, capture_output=True, text=True, timeout=250
     )
