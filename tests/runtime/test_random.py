@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.runtime import native
-from gossamer.runtime.native import _C
+from gossamer.runtime.native.compiled import _C
 from gossamer.runtime.random import Random, Stream, derive_key
 
 FILLS = ["normal", "uniform", "rademacher"]
