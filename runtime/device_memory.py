@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from gossamer.runtime.errors import CommError, CommTimeout
-from gossamer.runtime.native import ALIGNMENT, DTYPES, AveragePlan, DeviceGroup
+from gossamer.runtime.native import DTYPES, AveragePlan, DeviceGroup
+from gossamer.runtime.rows import aligned
 from gossamer.runtime.shared_memory import SharedMemory
 
 __all__ = ["DeviceExchange", "DeviceMemory"]
-
-Buffers = list[tuple[int, int, int]]
 
 
 class DeviceExchange:
@@ -72,8 +71,7 @@ class DeviceMemory(SharedMemory):
         Raises:
             CommError: the device has no room.
         """
-        per = ALIGNMENT // dtype.itemsize
-        stride = -(-d // per) * per
+        stride = aligned(d, dtype)
         try:
             bytes_ = self._rows.allocate(local * stride * dtype.itemsize, self._stream())
         except RuntimeError as error:
@@ -104,15 +102,7 @@ class DeviceMemory(SharedMemory):
         """Queue an average over the graph; arguments, status and errors as of ``SharedMemory``."""
         size = x.itemsize
         x_stride, out_stride = self._row_stride("x", x), self._row_stride("out", out)
-        y_at, y_stride, a = 0, 0, 0.0
-        if axpy is not None:
-            a, y = axpy
-            if y.shape != x.shape or y.dtype != x.dtype:
-                raise ValueError(
-                    f"neighbor_average: axpy is {tuple(y.shape)} {y.dtype}, "
-                    f"x {tuple(x.shape)} {x.dtype}"
-                )
-            y_at, y_stride = y.data_ptr(), self._row_stride("axpy", y) * size
+        a, y_at, y_stride = (0.0, 0, 0) if axpy is None else self._addend(x, *axpy)
         return self._queue(
             self._rows.average,
             plan,
@@ -218,24 +208,3 @@ class DeviceMemory(SharedMemory):
             return operation(*arguments, self._stream())
         except RuntimeError as error:
             raise CommError(f"{self.device}: {error} (native)") from None
-
-    def _row_stride(self, name: str, rows: Tensor) -> int:
-        stride, step = rows.stride()
-        if (
-            (step != 1 and rows.shape[1] > 1)
-            or rows.device != self.device
-            or rows.dtype not in DTYPES
-        ):
-            raise ValueError(
-                f"{name}: must be contiguous rows on {self.device} of one of {list(DTYPES)}, got "
-                f"strides {rows.stride()} {rows.dtype} on {rows.device}"
-            )
-        return stride
-
-    def _buffers(self, transfers: Sequence[tuple[int, Tensor]]) -> Buffers:
-        for _, tensor in transfers:
-            if tensor.device != self.device or not tensor.is_contiguous():
-                raise ValueError(
-                    f"native: needs contiguous tensors on {self.device}, got {tensor.device}"
-                )
-        return [(peer, tensor.data_ptr(), tensor.nbytes) for peer, tensor in transfers]

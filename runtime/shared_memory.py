@@ -16,8 +16,9 @@ from torch import Tensor
 from gossamer.runtime import native
 from gossamer.runtime.errors import CommError, CommTimeout, PeerLost
 from gossamer.runtime.exchange import ExchangePlan
-from gossamer.runtime.native import ALIGNMENT, DTYPES, AveragePlan, Exchange, Group
+from gossamer.runtime.native import DTYPES, AveragePlan, Exchange, Group
 from gossamer.runtime.placement import Placement
+from gossamer.runtime.rows import aligned
 
 __all__ = ["SharedMemory", "Ticket", "counts_of"]
 
@@ -76,8 +77,7 @@ class SharedMemory:
         Raises:
             CommError: the address space is used up.
         """
-        per = ALIGNMENT // dtype.itemsize
-        stride = -(-d // per) * per
+        stride = aligned(d, dtype)
         try:
             memory = self._group.allocate(local * stride * dtype.itemsize)
         except MemoryError:
@@ -91,7 +91,7 @@ class SharedMemory:
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
     ) -> Exchange:
         """Start transfers with peers of the group; contiguous CPU tensors."""
-        return Exchange(self._group, _buffers(sends), _buffers(receives))
+        return Exchange(self._group, self._buffers(sends), self._buffers(receives))
 
     def prepare(self, plan: ExchangePlan) -> AveragePlan:
         """Compile a round, once."""
@@ -132,17 +132,9 @@ class SharedMemory:
         Raises:
             ValueError: a dtype or layout that the kernels do not take; nothing was sent.
         """
-        width, size = x.shape[1], x.itemsize
-        x_stride, out_stride = _row_stride("x", x), _row_stride("out", out)
-        y_at, y_stride, a = 0, 0, 0.0
-        if axpy is not None:
-            a, y = axpy
-            if y.shape != x.shape or y.dtype != x.dtype:
-                raise ValueError(
-                    f"neighbor_average: axpy is {tuple(y.shape)} {y.dtype}, "
-                    f"x {tuple(x.shape)} {x.dtype}"
-                )
-            y_at, y_stride = y.data_ptr(), _row_stride("axpy", y) * size
+        size = x.itemsize
+        x_stride, out_stride = self._row_stride("x", x), self._row_stride("out", out)
+        a, y_at, y_stride = (0.0, 0, 0) if axpy is None else self._addend(x, *axpy)
         return self._group.average(
             plan,
             x.data_ptr(),
@@ -152,7 +144,7 @@ class SharedMemory:
             y_at,
             y_stride,
             a,
-            width,
+            x.shape[1],
             DTYPES[x.dtype],
             rounds,
             native.num_threads(),
@@ -173,7 +165,7 @@ class SharedMemory:
         """
         return self._group.sum(
             x.data_ptr(),
-            _row_stride("x", x) * x.itemsize,
+            self._row_stride("x", x) * x.itemsize,
             counts,
             out.data_ptr(),
             x.shape[1],
@@ -253,27 +245,40 @@ class SharedMemory:
         """Tell the peers that this process leaves; tensors from ``alloc`` stay valid."""
         self._group.close()
 
+    def _addend(self, x: Tensor, a: float, y: Tensor) -> tuple[float, int, int]:
+        """Return (a, address, bytes between rows) of an axpy for the kernels, after the checks."""
+        if y.shape != x.shape or y.dtype != x.dtype:
+            raise ValueError(
+                f"neighbor_average: axpy is {tuple(y.shape)} {y.dtype}, "
+                f"x {tuple(x.shape)} {x.dtype}"
+            )
+        return a, y.data_ptr(), self._row_stride("axpy", y) * y.itemsize
+
+    def _row_stride(self, name: str, rows: Tensor) -> int:
+        stride, step = rows.stride()
+        if (
+            (step != 1 and rows.shape[1] > 1)
+            or rows.device != self.device
+            or rows.dtype not in DTYPES
+        ):
+            raise ValueError(
+                f"{name}: must be contiguous rows on {self.device} of one of {list(DTYPES)}, got "
+                f"strides {rows.stride()} {rows.dtype} on {rows.device}"
+            )
+        return stride
+
+    def _buffers(self, transfers: Sequence[tuple[int, Tensor]]) -> list[tuple[int, int, int]]:
+        for _, tensor in transfers:
+            if tensor.device != self.device or not tensor.is_contiguous():
+                raise ValueError(
+                    f"native: needs contiguous tensors on {self.device}, got {tensor.device}"
+                )
+        return [(peer, tensor.data_ptr(), tensor.nbytes) for peer, tensor in transfers]
+
 
 def counts_of(placement: Placement) -> list[int]:
     """Return how many rows each process holds."""
     return [len(placement.ranks(p)) for p in range(placement.processes)]
-
-
-def _row_stride(name: str, rows: Tensor) -> int:
-    stride, step = rows.stride()
-    if (step != 1 and rows.shape[1] > 1) or not rows.is_cpu or rows.dtype not in DTYPES:
-        raise ValueError(
-            f"{name}: must be contiguous rows on the CPU of one of {list(DTYPES)}, got strides "
-            f"{rows.stride()} {rows.dtype} on {rows.device}"
-        )
-    return stride
-
-
-def _buffers(transfers: Sequence[tuple[int, Tensor]]) -> list[tuple[int, int, int]]:
-    for _, tensor in transfers:
-        if not tensor.is_cpu or not tensor.is_contiguous():
-            raise ValueError(f"native: needs contiguous CPU tensors, got {tensor.device}")
-    return [(peer, tensor.data_ptr(), tensor.nbytes) for peer, tensor in transfers]
 
 
 def _address_space() -> int:
