@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "collectives.h"
-#include "group.h"
+#include "exchange.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

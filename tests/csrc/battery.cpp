@@ -11,6 +11,8 @@
 #include <ranges>
 #include <utility>
 
+#include "exchange.h"
+
 namespace gossamer::test {
 namespace {
 
