@@ -1,4 +1,3 @@
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
@@ -9,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bind_group.h"
+#include "bindings.h"
 #include "device.h"
 #include "device_collectives.h"
 
@@ -22,15 +21,7 @@ using gossamer::AveragePlan;
 using gossamer::DeviceGroup;
 using gossamer::DeviceStream;
 using gossamer::Dtype;
-using gossamer::Rows;
 using Release = nb::gil_scoped_release;
-
-using BufferTuple = std::tuple<std::uint32_t, std::uintptr_t, std::size_t>;
-using RowsTuple = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
-template <typename T>
-using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-std::byte* pointer(std::uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 
 // A tensor of bytes; the memory is given back when the last view of it is gone.
 nb::object allocate(const std::shared_ptr<DeviceGroup>& group, std::size_t bytes,
@@ -40,17 +31,9 @@ nb::object allocate(const std::shared_ptr<DeviceGroup>& group, std::size_t bytes
     const Release release;
     memory = group->allocate(bytes, stream);
   }
-  struct Owner {
-    std::shared_ptr<DeviceGroup> group;
-    std::byte* memory;
-  };
-  nb::capsule owner(new Owner{group, memory}, [](void* p) noexcept {
-    const std::unique_ptr<Owner> o(static_cast<Owner*>(p));
-    o->group->release(o->memory);
-  });
   const auto [type, id] = group->device().dlpack();
   return nb::cast(nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>>(
-      memory, {bytes}, owner, {}, nb::dtype<std::uint8_t>(), type, id));
+      memory, {bytes}, owner_of(group, memory), {}, nb::dtype<std::uint8_t>(), type, id));
 }
 
 std::int64_t average(DeviceGroup& group, const AveragePlan& plan, std::uintptr_t x,
@@ -58,20 +41,10 @@ std::int64_t average(DeviceGroup& group, const AveragePlan& plan, std::uintptr_t
                      std::uintptr_t y, std::size_t y_stride, double a, std::size_t d, int dtype,
                      int rounds, double timeout_s, DeviceStream stream) {
   const Release release;
-  const std::size_t local = plan.indptr.size() - 1;
-  gossamer::AverageCall call{
-      .x = {x, local, x_stride},
-      .out = {out, local, out_stride},
-      .addend = std::nullopt,
-      .a = a,
-      .d = d,
-      .dtype = static_cast<Dtype>(dtype),
-      .rounds = rounds,
-      .num_threads = 1,
-      .timeout_s = timeout_s,
-  };
-  if (y != 0) call.addend = Rows{y, local, y_stride};
-  return pack(group.average(plan, call, stream));
+  return pack(group.average(plan,
+                            to_average_call(plan, x, x_stride, out, out_stride, y, y_stride, a, d,
+                                            dtype, rounds, 1, timeout_s),
+                            stream));
 }
 
 std::int64_t sum(DeviceGroup& group, std::uintptr_t x, std::size_t x_stride,
@@ -95,7 +68,7 @@ std::int64_t exchange(DeviceGroup& group, const std::vector<BufferTuple>& sends,
   const auto buffers = [](const std::vector<BufferTuple>& tuples) {
     std::vector<gossamer::DeviceBuffer> all;
     for (const auto& [peer, address, bytes] : tuples)
-      all.push_back({peer, pointer(address), bytes});
+      all.push_back({peer, pointer<std::byte>(address), bytes});
     return all;
   };
   const Release release;
@@ -137,7 +110,7 @@ void weighted_sum_cuda(const std::vector<RowsTuple>& blocks, const Array<std::in
 // What tests queue on a stream beside the collectives, and how they see its end.
 void copy(DeviceGroup& group, std::uintptr_t to, std::uintptr_t from, std::size_t bytes,
           DeviceStream stream) {
-  group.device().copy(pointer(to), pointer(from), bytes, stream);
+  group.device().copy(pointer<std::byte>(to), pointer<std::byte>(from), bytes, stream);
 }
 
 void synchronize(DeviceGroup& group, DeviceStream stream) {

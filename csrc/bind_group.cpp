@@ -1,6 +1,3 @@
-#include "bind_group.h"
-
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
@@ -13,7 +10,7 @@
 #include <tuple>
 #include <vector>
 
-#include "collectives.h"
+#include "bindings.h"
 #include "exchange.h"
 
 namespace nb = nanobind;
@@ -23,13 +20,9 @@ namespace {
 
 using gossamer::AveragePlan;
 using gossamer::Group;
-using gossamer::Rows;
 using Release = nb::gil_scoped_release;
 
 using TicketTuple = std::tuple<std::int64_t, std::int64_t, std::uint64_t>;
-using TransferTuple = std::tuple<std::uint32_t, std::uintptr_t, std::size_t>;
-template <typename T>
-using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // Python's handlers of signals run between sleeps; one that raises ends the wait.
 void look_for_signals() {
@@ -53,22 +46,14 @@ nb::object allocate(const std::shared_ptr<Group>& group, std::size_t bytes) {
     const Release release;
     memory = group->allocate(bytes);
   }
-  struct Owner {
-    std::shared_ptr<Group> group;
-    std::byte* memory;
-  };
-  nb::capsule owner(new Owner{group, memory}, [](void* p) noexcept {
-    const std::unique_ptr<Owner> o(static_cast<Owner*>(p));
-    o->group->release(o->memory);
-  });
-  return nb::cast(nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(memory, {bytes}, owner));
+  return nb::cast(
+      nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(memory, {bytes}, owner_of(group, memory)));
 }
 
-std::vector<gossamer::Transfer> to_transfers(const std::vector<TransferTuple>& tuples) {
+std::vector<gossamer::Transfer> to_transfers(const std::vector<BufferTuple>& tuples) {
   std::vector<gossamer::Transfer> transfers;
   for (const auto& [peer, address, bytes] : tuples) {
-    transfers.push_back(
-        {.peer = peer, .data = reinterpret_cast<std::byte*>(address), .bytes = bytes});
+    transfers.push_back({.peer = peer, .data = pointer<std::byte>(address), .bytes = bytes});
   }
   return transfers;
 }
@@ -77,8 +62,8 @@ std::vector<gossamer::Transfer> to_transfers(const std::vector<TransferTuple>& t
 // for the mutex, not even to destroy an exchange.
 class Exchange {
  public:
-  Exchange(std::shared_ptr<Group> group, const std::vector<TransferTuple>& sends,
-           const std::vector<TransferTuple>& receives) {
+  Exchange(std::shared_ptr<Group> group, const std::vector<BufferTuple>& sends,
+           const std::vector<BufferTuple>& receives) {
     const Release release;
     exchange_ = std::make_unique<gossamer::Exchange>(std::move(group), to_transfers(sends),
                                                      to_transfers(receives));
@@ -129,20 +114,9 @@ std::int64_t average(Group& group, const AveragePlan& plan, std::uintptr_t x, st
                      std::size_t y_stride, double a, std::size_t d, int dtype, int rounds,
                      std::size_t num_threads, double timeout_s) {
   const Release release;
-  const std::size_t local = plan.indptr.size() - 1;
-  gossamer::AverageCall call{
-      .x = {x, local, x_stride},
-      .out = {out, local, out_stride},
-      .addend = std::nullopt,
-      .a = a,
-      .d = d,
-      .dtype = static_cast<gossamer::Dtype>(dtype),
-      .rounds = rounds,
-      .num_threads = num_threads,
-      .timeout_s = timeout_s,
-  };
-  if (y != 0) call.addend = Rows{y, local, y_stride};
-  return pack(gossamer::average(group, plan, call));
+  return pack(gossamer::average(group, plan,
+                                to_average_call(plan, x, x_stride, out, out_stride, y, y_stride, a,
+                                                d, dtype, rounds, num_threads, timeout_s)));
 }
 
 std::int64_t sum(Group& group, std::uintptr_t x, std::size_t x_stride,
@@ -207,8 +181,8 @@ void bind_group(nb::module_& m) {
       .def_static("create", &make_plan, "targets"_a, "staged_rows"_a, "most_staged"_a, "sources"_a,
                   "indptr"_a, "columns"_a, "weights"_a);
   nb::class_<Exchange>(m, "Exchange", "Transfers on their way.")
-      .def(nb::init<std::shared_ptr<Group>, const std::vector<TransferTuple>&,
-                    const std::vector<TransferTuple>&>(),
+      .def(nb::init<std::shared_ptr<Group>, const std::vector<BufferTuple>&,
+                    const std::vector<BufferTuple>&>(),
            "group"_a, "sends"_a, "receives"_a)
       .def("wait", &Exchange::wait, "timeout_s"_a)
       .def("test", &Exchange::test);

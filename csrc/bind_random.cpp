@@ -1,5 +1,3 @@
-#include "bind_random.h"
-
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
@@ -10,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "philox.h"
 #include "philox_cuda.h"
 
@@ -66,15 +65,14 @@ void bind_random(nb::module_& m) {
       [](std::uintptr_t out, std::size_t n, std::uint64_t begin, std::uint64_t key,
          std::uint32_t c1, std::uint32_t c2, std::uint32_t c3) {
         nb::gil_scoped_release release;
-        gossamer::fill_words(reinterpret_cast<std::uint32_t*>(out), n, begin, {key, c1, c2, c3});
+        gossamer::fill_words(pointer<std::uint32_t>(out), n, begin, {key, c1, c2, c3});
       },
       "out"_a, "n"_a, "begin"_a, "key"_a, "c1"_a, "c2"_a, "c3"_a);
   m.def(
       "normals_of_words",
       [](std::uintptr_t words, std::size_t n, std::uintptr_t out) {
         nb::gil_scoped_release release;
-        gossamer::normals_of_words(reinterpret_cast<const std::uint32_t*>(words), n,
-                                   reinterpret_cast<float*>(out));
+        gossamer::normals_of_words(pointer<const std::uint32_t>(words), n, pointer<float>(out));
       },
       "words"_a, "n"_a, "out"_a);
   m.def(
@@ -109,8 +107,8 @@ void bind_random(nb::module_& m) {
       [](std::uintptr_t out, std::size_t n, std::uint64_t begin, std::uint64_t key,
          std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uintptr_t stream) {
         nb::gil_scoped_release release;
-        gossamer::fill_words_cuda(reinterpret_cast<std::uint32_t*>(out), n, begin,
-                                  {key, c1, c2, c3}, reinterpret_cast<void*>(stream));
+        gossamer::fill_words_cuda(pointer<std::uint32_t>(out), n, begin, {key, c1, c2, c3},
+                                  pointer<void>(stream));
       },
       "out"_a, "n"_a, "begin"_a, "key"_a, "c1"_a, "c2"_a, "c3"_a, "stream"_a);
   m.def(
@@ -119,7 +117,7 @@ void bind_random(nb::module_& m) {
          std::uintptr_t stream) {
         nb::gil_scoped_release release;
         gossamer::fill_random_cuda(to_pieces(pieces), static_cast<Dtype>(dtype),
-                                   to_direction(direction), reinterpret_cast<void*>(stream));
+                                   to_direction(direction), pointer<void>(stream));
       },
       "pieces"_a, "dtype"_a, "direction"_a, "stream"_a);
   m.def(
@@ -128,7 +126,7 @@ void bind_random(nb::module_& m) {
          double a, std::uintptr_t stream) {
         nb::gil_scoped_release release;
         gossamer::add_random_cuda(to_pieces(pieces), static_cast<Dtype>(dtype),
-                                  to_direction(direction), a, reinterpret_cast<void*>(stream));
+                                  to_direction(direction), a, pointer<void>(stream));
       },
       "pieces"_a, "dtype"_a, "direction"_a, "a"_a, "stream"_a);
   m.def(
@@ -137,7 +135,7 @@ void bind_random(nb::module_& m) {
          double decay, std::uintptr_t stream) {
         nb::gil_scoped_release release;
         gossamer::subtract_random_cuda(to_pieces(pieces), static_cast<Dtype>(dtype),
-                                       to_terms(terms), decay, reinterpret_cast<void*>(stream));
+                                       to_terms(terms), decay, pointer<void>(stream));
       },
       "pieces"_a, "dtype"_a, "terms"_a, "decay"_a, "stream"_a);
 }

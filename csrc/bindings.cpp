@@ -1,5 +1,5 @@
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include "bindings.h"
+
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -10,8 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#include "bind_group.h"
-#include "bind_random.h"
 #include "cuda_build.h"
 #include "isa.h"
 #include "triad.h"
@@ -23,17 +21,6 @@ using namespace nb::literals;
 namespace {
 
 using gossamer::Dtype;
-
-// Addresses travel as integers: gossamer.runtime.native checks shapes, dtypes and lifetimes.
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <typename T>
-using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-// (address, rows, bytes from one row to the next)
-using RowsTuple = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
 
 gossamer::Rows to_rows(const RowsTuple& rows) {
   return {std::get<0>(rows), std::get<1>(rows), std::get<2>(rows)};
