@@ -1,15 +1,13 @@
 // One thread makes one counter block: four elements, one vector load and store where they are
 // aligned. Every multiplication and addition that could be contracted is written out (nvcc
 // contracts by default), so that results do not depend on the compiler.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
+#include "elements_cuda.h"
 #include "philox_cuda.h"
 
 namespace gossamer {
@@ -25,37 +23,7 @@ void check(cudaError_t status, const char* what) {
   }
 }
 
-// --- arithmetic
-// -----------------------------------------------------------------------------------
-
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-__device__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-__device__ double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
-__device__ float multiply(float a, float b) { return __fmul_rn(a, b); }
-__device__ double multiply(double a, double b) { return __dmul_rn(a, b); }
-__device__ float subtract(float a, float b) { return __fsub_rn(a, b); }
-__device__ double subtract(double a, double b) { return __dsub_rn(a, b); }
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-
-template <typename T>
-__device__ T narrow(Accumulator<T> x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return x;
-  }
-}
-
-// --- random numbers
-// -------------------------------------------------------------------------------
+// --- random numbers -------------------------------------------------------------------------
 
 __device__ uint4 philox(std::uint64_t block, const Stream& s) {
   uint4 c = make_uint4(static_cast<unsigned>(block), s.c1, s.c2, s.c3);
@@ -109,8 +77,7 @@ __device__ void draw(const Direction& d, std::uint32_t c1, std::uint64_t quad, f
   }
 }
 
-// --- kernels
-// --------------------------------------------------------------------------------------
+// --- kernels --------------------------------------------------------------------------------
 
 template <typename T>
 struct alignas(sizeof(T) == 8 ? 16 : 4 * sizeof(T)) Quad {
@@ -203,8 +170,7 @@ __global__ void subtract_kernel(Piece piece, const __grid_constant__ FewTerms fe
   });
 }
 
-// --- launching
-// ------------------------------------------------------------------------------------
+// --- launching ------------------------------------------------------------------------------
 
 unsigned blocks_for(const Piece& piece) {
   const std::size_t quads = piece.n / 4 + 2;  // one more at each end where begin is inside a quad
@@ -217,20 +183,7 @@ void for_pieces(std::span<const Piece> pieces, Dtype dtype, const char* what, La
   for (const Piece& piece : pieces) {
     if (piece.n == 0) continue;
     const unsigned blocks = blocks_for(piece);
-    switch (dtype) {
-      case Dtype::kFloat32:
-        launch(static_cast<float*>(nullptr), piece, blocks);
-        break;
-      case Dtype::kFloat64:
-        launch(static_cast<double*>(nullptr), piece, blocks);
-        break;
-      case Dtype::kBFloat16:
-        launch(static_cast<__nv_bfloat16*>(nullptr), piece, blocks);
-        break;
-      case Dtype::kFloat16:
-        launch(static_cast<__half*>(nullptr), piece, blocks);
-        break;
-    }
+    as_type(dtype, [&]<typename T>(T* type) { launch(type, piece, blocks); });
     check(cudaGetLastError(), what);
   }
 }

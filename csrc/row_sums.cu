@@ -1,15 +1,13 @@
 // Weighted sums of rows in one pass: each row is read once, in 16-byte loads where all are aligned,
 // and each result written once. The bits are those of the CPU's kernels: every product and sum
 // is rounded by itself (the intrinsics are never contracted).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "cuda_check.h"
 #include "device.h"
+#include "elements_cuda.h"
 
 namespace gossamer {
 namespace {
@@ -41,28 +39,10 @@ struct Table {
   const std::uint32_t* far_first;
 };
 
-__device__ float multiply(float a, float b) { return __fmul_rn(a, b); }
-__device__ double multiply(double a, double b) { return __dmul_rn(a, b); }
-__device__ float add(float a, float b) { return __fadd_rn(a, b); }
-__device__ double add(double a, double b) { return __dadd_rn(a, b); }
-__device__ float divide(float a, float b) { return __fdiv_rn(a, b); }
-__device__ double divide(double a, double b) { return __ddiv_rn(a, b); }
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-
-__device__ void narrow(float x, float& to) { to = x; }
-__device__ void narrow(double x, double& to) { to = x; }
-__device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-__device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
-
 template <typename T, typename Acc>
 __device__ T finish(Acc sum, Acc divisor) {
-  T result;
-  narrow(sum, result);
-  if (divisor != Acc{1}) narrow(divide(widen(result), divisor), result);
+  T result = narrow<T>(sum);
+  if (divisor != Acc{1}) result = narrow<T>(divide(widen(result), divisor));
   return result;
 }
 
@@ -244,16 +224,7 @@ void run(const RowSums& sums, cudaStream_t stream) {
 void sum_rows_cuda(const RowSums& sums, DeviceStream stream) {
   if (sums.d == 0 || sums.first.size() < 2) return;  // a grid of zero blocks is a launch error
   const auto s = reinterpret_cast<cudaStream_t>(stream);
-  switch (sums.dtype) {
-    case Dtype::kFloat32:
-      return run<float, float>(sums, s);
-    case Dtype::kFloat64:
-      return run<double, double>(sums, s);
-    case Dtype::kBFloat16:
-      return run<__nv_bfloat16, float>(sums, s);
-    case Dtype::kFloat16:
-      return run<__half, float>(sums, s);
-  }
+  as_type(sums.dtype, [&]<typename T>(T*) { run<T, Accumulator<T>>(sums, s); });
 }
 
 }  // namespace gossamer
