@@ -1,12 +1,11 @@
 """The evaluator: its figures against slow obvious ones, and the same bits for any process split."""
 
-import queue
-import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from thread_ranks import on_processes
 from torch import nn
 
 from gossamer.algorithms.evaluation import Evaluator
@@ -18,39 +17,6 @@ from gossamer.algorithms.tasks.least_squares import LeastSquares
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.rows import RowLayout
 from gossamer.runtime.transports.stacked import StackedTransport
-
-
-class Mailboxes:
-    """A transport between the threads of one test."""
-
-    name, device, shared = "mailboxes", torch.device("cpu"), None
-
-    def __init__(self, process, processes, boxes):
-        self.process, self.processes, self._boxes = process, processes, boxes
-
-    def exchange(self, sends, receives, operation):
-        for peer, tensor in sends:
-            self._boxes[self.process, peer].put(tensor.clone())
-        for peer, tensor in receives:
-            tensor.copy_(self._boxes[peer, self.process].get(timeout=30))
-        return SimpleNamespace(wait=lambda timeout_s: None)
-
-
-def on_processes(processes, n, make, work):
-    """Return what ``work(comm, make())`` returns on each of ``processes`` threads for n ranks."""
-    made = [make() for _ in range(processes)]  # here: torch's generator is not the threads' own
-    pairs = [(a, b) for a in range(processes) for b in range(processes)]
-    boxes, results = {pair: queue.Queue() for pair in pairs}, [None] * processes
-
-    def run(p):
-        results[p] = work(RankGroup(n, Mailboxes(p, processes, boxes)), made[p])
-
-    threads = [threading.Thread(target=run, args=(p,)) for p in range(processes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def rows_around(problem, n, scale=0.1):
@@ -148,7 +114,12 @@ def test_the_split_over_processes_does_not_change_a_bit(options):
 
     expected = work(RankGroup(9, StackedTransport()), make())
     for processes in (2, 4, 9):
-        for figures in on_processes(processes, 9, make, work):
+        problems = [make() for _ in range(processes)]  # torch's generator is not the threads' own
+
+        def on_thread(transport, problems=problems):
+            return work(RankGroup(9, transport), problems[transport.process])
+
+        for figures in on_processes(processes, on_thread)[0]:
             assert figures == expected
 
 

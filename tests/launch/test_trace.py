@@ -2,14 +2,12 @@
 
 import json
 import os
-import queue
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 
 import pytest
-import torch
+from thread_ranks import on_processes
 
 from gossamer.launch.trace import trace_events, write_trace
 from gossamer.runtime import Communicator
@@ -48,58 +46,24 @@ def test_spans_outside_steps_are_kept():
     assert lanes([STEP, evaluation]) == {0: [(0, 10)], 1: [(11, 12)]}
 
 
-class ThreadTransport:
-    """Threads as processes: a queue per pair."""
-
-    name = "threads"
-    shared = None
-
-    def __init__(self, process, queues):
-        self.process, self.processes, self.queues = process, len(queues), queues
-        self.device = torch.device("cpu")
-
-    def exchange(self, sends, receives, operation):
-        for peer, tensor in sends:
-            self.queues[peer][self.process].put(tensor.clone())
-        return _Receives([(self.queues[self.process][peer], t) for peer, t in receives])
-
-
-class _Receives:
-    def __init__(self, receives):
-        self.receives = receives
-
-    def wait(self, timeout_s):
-        for waiting, tensor in self.receives:
-            tensor.copy_(waiting.get(timeout=timeout_s))
-
-
 @pytest.mark.parametrize("processes", [1, 3])
 def test_processes_with_clocks_of_their_own_are_aligned(tmp_path, processes):
-    queues = [[queue.Queue() for _ in range(processes)] for _ in range(processes)]
-    path, failures = tmp_path / "trace.json", []
+    path = tmp_path / "trace.json"
 
-    def act(process):
-        try:
-            transport = ThreadTransport(process, queues) if processes > 1 else StackedTransport()
-            group = RankGroup(6, transport, timeout_s=30)
-            group.traffic.tracing = True
-            group.traffic.origin -= 1000.0 * process  # as if this machine had started long ago
-            group.barrier()
-            with group.traffic.span("compute", "step", 0):
+    def act(transport):
+        group = RankGroup(6, transport if processes > 1 else StackedTransport(), timeout_s=30)
+        group.traffic.tracing = True
+        # As if this machine had started long ago.
+        group.traffic.origin -= 1000.0 * transport.process
+        group.barrier()
+        with group.traffic.span("compute", "step", 0):
+            pass
+        for _ in range(transport.process * 50):  # traces of different lengths
+            with group.traffic.span("wait", "something", 0):
                 pass
-            for _ in range(process * 50):  # traces of different lengths
-                with group.traffic.span("wait", "something", 0):
-                    pass
-            write_trace(path, group)
-        except BaseException as error:
-            failures.append(error)
+        write_trace(path, group)
 
-    threads = [threading.Thread(target=act, args=(p,)) for p in range(processes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert failures == []
+    on_processes(processes, act)
     events = json.loads(path.read_text())["traceEvents"]
     steps = {e["pid"]: e["ts"] / 1e6 for e in events if e["name"] == "compute"}
     assert set(steps) == set(range(processes))

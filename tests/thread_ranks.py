@@ -1,4 +1,4 @@
-"""Threads as the processes of several hosts: queues between hosts, real shared memory inside."""
+"""Threads as processes: queues between them, and real shared memory inside hosts where asked."""
 
 import os
 import queue
@@ -27,7 +27,7 @@ class _Received:
 
 
 class Wire:
-    """What lies between the hosts: a queue per pair, and how many bytes went through it."""
+    """What lies between processes: a queue per pair, and how many bytes went through it."""
 
     def __init__(self, processes):
         pairs = [(a, b) for a in range(processes) for b in range(processes)]
@@ -58,20 +58,27 @@ class WireTransport:
         raise AssertionError(status)
 
 
+def on_processes(processes, work):
+    """Run ``work(transport)`` on a thread per process; return (results, wire)."""
+    wire = Wire(processes)
+    with ThreadPoolExecutor(processes) as pool:
+        futures = [pool.submit(work, WireTransport(wire, p, processes)) for p in range(processes)]
+        return [future.result(timeout=60) for future in futures], wire
+
+
 def on_hosts(hosts, work):
     """Run ``work(transport)`` as every process of ``hosts``; return (results, wire)."""
     processes = sum(map(len, hosts))
-    wire = Wire(processes)
     jobs = {host[0]: secrets.token_bytes(16) for host in hosts}
     tickets, attached = {}, threading.Barrier(processes)
 
-    def process(me):
+    def process(transport):
+        me = transport.process
         host = next(host for host in hosts if me in host)
         shared = SharedMemory(jobs[host[0]], host.index(me), len(host), host)
         tickets[me] = shared.ticket
         attached.wait(30)
         shared.attach([tickets[p] for p in host])
-        transport = WireTransport(wire, me, processes)
         hybrid = HybridTransport(transport, NativeTransport(shared, os._exit), hosts)
         try:
             result = work(hybrid)
@@ -80,6 +87,4 @@ def on_hosts(hosts, work):
         finally:
             hybrid.close()
 
-    with ThreadPoolExecutor(processes) as pool:
-        futures = [pool.submit(process, p) for p in range(processes)]
-        return [future.result(timeout=60) for future in futures], wire
+    return on_processes(processes, process)
