@@ -93,21 +93,28 @@ def gossip_hook(state: GossipState, bucket: GradBucket) -> torch.futures.Future[
         A future of the bucket's buffer; its error names the neighbour that was lost.
     """
     comm, gradients = state.comm, bucket.buffer()
-    averages_parameters = state.average == "parameters"
-    # Their part of the backward pass is over: what depends on these values has been computed.
-    parameters = [p.data for p in bucket.parameters()] if averages_parameters else []
-    row = torch.cat([p.reshape(-1) for p in parameters]) if averages_parameters else gradients
+    row = gradients
+    if state.average == "parameters":
+        row = torch.cat([p.data.reshape(-1) for p in bucket.parameters()])
     work = comm.neighbor_average_async(row[None], out=row[None])
+    if state.average == "parameters":
+        parameters = [p.data for p in bucket.parameters()]
+
+        def write_back() -> None:
+            work.wait()
+            parts = row.split([p.numel() for p in parameters])
+            for p, part in zip(parameters, parts, strict=True):
+                p.copy_(part.view(p.shape))
+
+        # Not before: the rest of the backward pass may read the parameters (DDP hands over the
+        # buckets of those that it takes for unused at once).
+        torch.autograd.Variable._execution_engine.queue_callback(write_back)
     if bucket.is_last():
         comm.step += 1
         comm.round += 1
 
     def finish(_: object) -> Tensor:
         work.wait()
-        at = 0
-        for p in parameters:
-            p.copy_(row[at : at + p.numel()].view(p.shape))
-            at += p.numel()
         return gradients
 
     devices: list[int | str | torch.device] = [] if gradients.is_cpu else [gradients.device]

@@ -51,6 +51,7 @@ class RankGroup:
         self.ranks = self.placement.ranks(transport.process)
         self.local = len(self.ranks)
         self.device = transport.device
+        self._is_cpu = self.device.type == "cpu"
         self.timeout_s = timeout_s
         self.traffic = Traffic(self.local)
         self.step = 0
@@ -84,9 +85,10 @@ class RankGroup:
             ``out``, (1, m), the same on every process; broadcasts against rows.
 
         Raises:
-            ValueError: ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
+            ValueError: ``x`` is not a row per hosted rank on the device of the transport, or
+                ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
         """
-        m = x.shape[1]
+        m = self._width("all_reduce", x)
         _check_out("all_reduce", out, (1, m), x)
         self._count(2 * m * x.itemsize * (self.n - 1) / self.n, 2, count)
         if out is None:
@@ -121,10 +123,12 @@ class RankGroup:
             ``out``.
 
         Raises:
-            ValueError: ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
+            ValueError: ``x`` is not a row per hosted rank on the device of the transport, or
+                ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
         """
-        _check_out("all_gather", out, (self.n, x.shape[1]), x)
-        self._count((self.n - 1) * x.shape[1] * x.element_size(), self.n - 1, count)
+        m = self._width("all_gather", x)
+        _check_out("all_gather", out, (self.n, m), x)
+        self._count((self.n - 1) * m * x.itemsize, self.n - 1, count)
         return self._gather_rows(x, "all_gather", out)
 
     def broadcast(
@@ -143,15 +147,19 @@ class RankGroup:
             ``out``.
 
         Raises:
-            ValueError: ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
+            ValueError: ``x`` is not a row per hosted rank on the device of the transport, or
+                ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
         """
-        _check_out("broadcast", out, (1, x.shape[1]), x)
+        m = self._width("broadcast", x)
+        _check_out("broadcast", out, (1, m), x)
+        if not 0 <= root < self.n:
+            raise ValueError(f"broadcast: root must be a rank, 0..{self.n - 1}, got {root}")
         owner = self.placement.owner_of(root)
         if root in self.ranks and count:
             only = self._only(root - self.ranks.start)
-            self.traffic.count(only, self.n - 1, x.shape[1] * x.itemsize * (self.n - 1))
+            self.traffic.count(only, self.n - 1, m * x.itemsize * (self.n - 1))
         if out is None:
-            out = torch.empty(1, x.shape[1], dtype=x.dtype, device=x.device)
+            out = torch.empty(1, m, dtype=x.dtype, device=x.device)
         where = f"broadcast from rank {root}"
         here = self.transport.process == owner
         if self._host_memory is not None:
@@ -174,6 +182,11 @@ class RankGroup:
 
     def all_to_all(self, x: Tensor, *, count: bool = True) -> Tensor:
         """Return y with ``y[i, j] = x[j, i]``: every rank's part; (local, n, m) both."""
+        if x.dim() != 3 or x.shape[:2] != (self.local, self.n) or x.is_cpu != self._is_cpu:
+            raise ValueError(
+                f"all_to_all: x must be ({self.local}, {self.n}, m) on {self.device}, got "
+                f"{tuple(x.shape)} on {x.device}"
+            )
         local, n, m = x.shape
         self._count((n - 1) * m * x.element_size(), n - 1, count)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -200,7 +213,12 @@ class RankGroup:
 
         Rank i gets ``sum_j x[j, i * m:(i + 1) * m]``, added in ascending j.
         """
-        local = x.shape[0]
+        local = len(x)
+        if self._width("reduce_scatter", x) % self.n:
+            raise ValueError(
+                f"reduce_scatter: a row must have a multiple of n = {self.n} elements, got "
+                f"{x.shape[1]}"
+            )
         received = self.all_to_all(x.reshape(local, self.n, -1), count=count)
         return torch.cat([sum_rows([part]) for part in received])
 
@@ -220,6 +238,15 @@ class RankGroup:
         return bool((rows == rows[0]).all().item())
 
     # --- below the collectives --------------------------------------------------------------
+
+    def _width(self, operation: str, x: Tensor) -> int:
+        """Return m of x (local, m), which the kernels believe: it is checked here."""
+        if x.dim() != 2 or len(x) != self.local or x.is_cpu != self._is_cpu:
+            raise ValueError(
+                f"{operation}: x must be ({self.local}, m), one row per hosted rank, on "
+                f"{self.device}, got {tuple(x.shape)} on {x.device}"
+            )
+        return x.shape[1]
 
     def _others(self) -> list[int]:
         """Return the other processes, starting after this one so that not all call on 0 first."""

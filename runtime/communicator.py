@@ -8,10 +8,9 @@ computes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from time import perf_counter
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ from gossamer.runtime.hierarchical import ShardedPlan, machine_of
 from gossamer.runtime.messages import Messages, RaggedMessages
 from gossamer.runtime.native import AveragePlan, weighted_sum
 from gossamer.runtime.random import Random, Stream
-from gossamer.runtime.rows import empty_rows
+from gossamer.runtime.rows import empty_rows, rows_overlap
 from gossamer.runtime.transports.base import Transport
 from gossamer.runtime.transports.hybrid import HybridTransport
+from gossamer.runtime.work import Background, Pending, Work
 from gossamer.topologies import Topology
 
 __all__ = ["Communicator", "Work"]
@@ -35,26 +35,6 @@ T = TypeVar("T")
 
 _ROUNDS_AHEAD = 64
 """How many rounds of a schedule that never repeats are compared between processes at once."""
-
-
-class Work(Generic[T]):
-    """What an asynchronous call returns; ``wait`` gives its result or raises its error."""
-
-    def __init__(self, future: Future[T], comm: Communicator, name: str) -> None:
-        self._future, self._comm, self._name = future, comm, name
-
-    def wait(self) -> T:
-        """Return the result of the operation; may be called again."""
-        with self._comm.traffic.span("wait", f"wait for {self._name}", self._comm.step):
-            return self._future.result()
-
-    def done(self) -> bool:
-        """Say whether ``wait`` would return at once."""
-        return self._future.done()
-
-    def add_done_callback(self, callback: Callable[[], object]) -> None:
-        """Call ``callback`` when the operation is over, on the thread that it runs on."""
-        self._future.add_done_callback(lambda _: callback())
 
 
 class Communicator(RankGroup):
@@ -113,8 +93,8 @@ class Communicator(RankGroup):
         self._compiled = lru_cache(maxsize=max(64, topology.period or 0))(self._compile)
         self._agreed: set[int] = set()
         self._scratch: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        self._worker: ThreadPoolExecutor | None = None
-        self._last: Future[Any] | None = None
+        self._line: Background | None = None
+        self._last: Pending[Any] | None = None
         if self._check_rounds and not self.same(topology.digest()):
             raise RoundMismatch(
                 f"topology: the processes hold different topologies; this one has {topology!r}"
@@ -155,7 +135,7 @@ class Communicator(RankGroup):
             PeerLost: a neighbour's process is gone; names peer and operation.
             RoundMismatch: the processes hold different rounds t; raised on all of them.
         """
-        out = self._output(x, out)
+        out = self._output(x, out, axpy, rounds)
         self._settle()
         t = self._place_in_schedule()
         self.traffic.count(self._plans(t).degree, rounds, rounds * x.shape[1] * x.itemsize)
@@ -173,12 +153,10 @@ class Communicator(RankGroup):
 
         ``x``, ``out`` and ``y`` belong to the operation until ``wait`` returns.
         """
-        out = self._output(x, out)
+        out = self._output(x, out, axpy, rounds)
         t = self._place_in_schedule()
         self.traffic.count(self._plans(t).degree, rounds, rounds * x.shape[1] * x.itemsize)
-        future = self._background(self._average, t, x, out, axpy, rounds)
-        self._last = future
-        return Work(future, self, "neighbor_average")
+        return self._background("neighbor_average", self._average, t, x, out, axpy, rounds)
 
     def neighbor_gather(self, x: Tensor) -> Messages:
         """Return the rows that each hosted rank receives in round t, kept apart.
@@ -189,18 +167,18 @@ class Communicator(RankGroup):
         Args:
             x: (local, m), rows contiguous; kept.
         """
+        width = self._width("neighbor_gather", x)
         plan = self._plan_now()
         self._settle()
-        self.traffic.count(plan.degree, 1, x.shape[1] * x.itemsize)
+        self.traffic.count(plan.degree, 1, width * x.itemsize)
         return self._gather(plan, x)
 
     def neighbor_gather_async(self, x: Tensor) -> Work[Messages]:
         """Start ``neighbor_gather`` and return at once; ``x`` belongs to it until ``wait``."""
+        width = self._width("neighbor_gather", x)
         plan = self._plan_now()
-        self.traffic.count(plan.degree, 1, x.shape[1] * x.itemsize)
-        future = self._background(self._gather, plan, x)
-        self._last = future
-        return Work(future, self, "neighbor_gather")
+        self.traffic.count(plan.degree, 1, width * x.itemsize)
+        return self._background("neighbor_gather", self._gather, plan, x)
 
     def neighbor_gather_ragged(self, rows: Sequence[Tensor]) -> RaggedMessages:
         """Return the messages that each hosted rank receives in round t, each of its own length.
@@ -212,6 +190,7 @@ class Communicator(RankGroup):
             rows: one per hosted rank, (m_i,) contiguous, of one dtype on every rank; m_i may be 0.
         """
         plan = self._plan_now()
+        self._check_ragged(rows)
         self._settle()
         lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
         sizes = 8 + lengths.flatten().numpy(force=True) * rows[0].itemsize
@@ -228,6 +207,20 @@ class Communicator(RankGroup):
             weight=torch.from_numpy(plan.weights.copy()),
         )
 
+    def _check_ragged(self, rows: Sequence[Tensor]) -> None:
+        dtypes = {row.dtype for row in rows}
+        if len(rows) != self.local or len(dtypes) > 1:
+            raise ValueError(
+                f"neighbor_gather_ragged: needs a row for each of {self.local} hosted ranks, of "
+                f"one dtype, got {len(rows)} of {sorted(map(str, dtypes))}"
+            )
+        for row in rows:
+            if row.dim() != 1 or not row.is_contiguous() or row.is_cpu != self._is_cpu:
+                raise ValueError(
+                    f"neighbor_gather_ragged: rows must be (m,), contiguous, on {self.device}, "
+                    f"got {tuple(row.shape)} with strides {row.stride()} on {row.device}"
+                )
+
     # --- memory and random numbers ----------------------------------------------------------
 
     def alloc(self, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -242,21 +235,27 @@ class Communicator(RankGroup):
 
     def close(self) -> None:
         """Finish what is in flight and leave the transport; may be called twice."""
-        if self._worker is not None:
-            self._worker.shutdown(wait=True)
-            self._worker = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
         self.transport.close()
 
     # --- inside -----------------------------------------------------------------------------
 
-    def _output(self, x: Tensor, out: Tensor | None) -> Tensor:
-        if x.dim() != 2 or x.shape[0] != self.local:
-            raise ValueError(
-                f"neighbor_average: x must be ({self.local}, d), one row per hosted rank, "
-                f"got {tuple(x.shape)}"
-            )
+    def _output(
+        self, x: Tensor, out: Tensor | None, axpy: tuple[float, Tensor] | None, rounds: int
+    ) -> Tensor:
+        """Return where to write, after the checks of every transport."""
+        d = self._width("neighbor_average", x)
+        if rounds < 1:
+            raise ValueError(f"neighbor_average: rounds must be at least 1, got {rounds}")
         if out is None:
-            return empty_rows(x.shape[0], x.shape[1], x.dtype, x.device)
+            return empty_rows(self.local, d, x.dtype, x.device)
+        if axpy is not None and rounds > 1 and rows_overlap(axpy[1], out):
+            raise ValueError(
+                "neighbor_average: with several rounds out must not be axpy's y, which the last "
+                "round adds and the first would overwrite"
+            )
         if out.shape != x.shape or out.dtype != x.dtype:
             raise ValueError(
                 f"neighbor_average: out is {tuple(out.shape)} {out.dtype}, "
@@ -264,22 +263,17 @@ class Communicator(RankGroup):
             )
         return out
 
-    def _background(self, operation: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Start an operation on the thread where they run one after another.
-
-        On a GPU it queues its work on the stream that is current here.
-        """
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "gossamer-comm")
-        if self.device.type == "cuda":
-            stream = torch.cuda.current_stream(self.device)
-            return self._worker.submit(_on_stream, stream, operation, *arguments)
-        return self._worker.submit(operation, *arguments)
+    def _background(self, name: str, operation: Callable[..., T], *arguments: Any) -> Work[T]:
+        """Start an operation on the thread where they run one after another."""
+        if self._line is None:
+            self._line = Background(self.device)
+        self._last = self._line.submit(operation, *arguments)
+        return Work(self._last, self, name)
 
     def _settle(self) -> None:
         """Let an operation in flight finish first; its error is raised by its own ``wait``."""
         if self._last is not None:
-            self._last.exception()
+            self._last.settle()
             self._last = None
 
     def _exchange(
@@ -406,8 +400,3 @@ class Communicator(RankGroup):
         if key not in self._scratch:
             self._scratch[key] = empty_rows(rows, like.shape[1], like.dtype, like.device)
         return self._scratch[key]
-
-
-def _on_stream(stream: torch.cuda.Stream, operation: Callable[..., T], *arguments: Any) -> T:
-    with torch.cuda.stream(stream):  # the thread's current GPU and stream: each thread has its own
-        return operation(*arguments)

@@ -70,7 +70,11 @@ def hosts_of(gather: Gather) -> list[list[int]]:
 
 
 def meet_on_host(
-    gather: Gather, process: int, members: Sequence[int], names: Sequence[int] | None = None
+    gather: Gather,
+    process: int,
+    members: Sequence[int],
+    names: Sequence[int] | None = None,
+    room: int | None = None,
 ) -> SharedMemory:
     """Share memory with ``members``, the processes of this host; every process calls it.
 
@@ -79,6 +83,7 @@ def meet_on_host(
         process: this one's place in ``gather``.
         members: processes of this host, this one among them, ascending.
         names: how messages call the members; as ``members`` when None.
+        room: bytes of address space for rows; all the machine's memory when None.
 
     Raises:
         CommError: on every process, where the memory of any cannot be opened.
@@ -86,7 +91,8 @@ def meet_on_host(
     jobs = gather(secrets.token_hex(_ID_BYTES))
     job = bytes.fromhex(jobs[members[0]])
     place = list(members).index(process)
-    shared = SharedMemory(job, place, len(members), members if names is None else names)
+    names = members if names is None else names
+    shared = SharedMemory(job, place, len(members), names, room)
     tickets = [
         Ticket(*map(int, text.split())) for text in gather(" ".join(map(str, shared.ticket)))
     ]

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from gossamer.runtime import native
 from gossamer.runtime.native import ALIGNMENT, row_dot
 
-__all__ = ["RowLayout", "Slice", "aligned", "combine", "empty_rows", "row_dot", "row_norm"]
+__all__ = [
+    "RowLayout",
+    "Slice",
+    "aligned",
+    "combine",
+    "empty_rows",
+    "row_dot",
+    "row_norm",
+    "rows_overlap",
+]
 
 Coefficient = float | Tensor
 
@@ -53,6 +62,17 @@ def combine(terms: Sequence[tuple[Coefficient, Tensor]], out: Tensor | None = No
             weights[:, k] = c.reshape(-1).double().cpu().numpy() if isinstance(c, Tensor) else c
         return native.combine(rows, weights.reshape(-1), out)
     return native.combine(rows, np.array([c for c, _ in terms], np.float64), out)
+
+
+def rows_overlap(a: Tensor, b: Tensor) -> bool:
+    """Say whether two blocks of rows share memory, the room between their rows included."""
+    begin_a, begin_b = a.data_ptr(), b.data_ptr()
+    return begin_a < begin_b + _extent(b) and begin_b < begin_a + _extent(a)
+
+
+def _extent(rows: Tensor) -> int:
+    """Return the bytes from the first element to the end of the last."""
+    return ((len(rows) - 1) * rows.stride(0) + rows.shape[1]) * rows.itemsize
 
 
 def row_norm(x: Tensor) -> Tensor:

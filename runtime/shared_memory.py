@@ -23,6 +23,10 @@ from gossamer.runtime.rows import aligned
 __all__ = ["SharedMemory", "Ticket", "counts_of"]
 
 
+_ADDRESS_SPACE = 16 << 40
+"""For the segments of a group: an eighth of what a process has."""
+
+
 class Ticket(NamedTuple):
     """Where a process keeps its shared memory: a file descriptor of a process."""
 
@@ -42,7 +46,14 @@ class SharedMemory:
 
     device = torch.device("cpu")
 
-    def __init__(self, job: bytes, process: int, processes: int, names: Sequence[int]) -> None:
+    def __init__(
+        self,
+        job: bytes,
+        process: int,
+        processes: int,
+        names: Sequence[int],
+        room: int | None = None,
+    ) -> None:
         """Reserve address space; nothing is shared before ``attach``.
 
         Args:
@@ -50,10 +61,13 @@ class SharedMemory:
             process: this one's place in the group.
             processes: how many there are.
             names: how messages call the processes of the group (their place in the whole run).
+            room: bytes of address space for rows and large messages; None: as much as there is
+                memory, so far as all segments fit beside each other.
         """
         self.process, self.processes, self._names = process, processes, tuple(names)
         cores = len(os.sched_getaffinity(0))
-        self._group: Group = Group.create(job, process, processes, _address_space(), cores)
+        self._room = _room(processes) if room is None else room
+        self._group: Group = Group.create(job, process, processes, self._room, cores)
 
     @property
     def ticket(self) -> Ticket:
@@ -83,7 +97,7 @@ class SharedMemory:
         except MemoryError:
             raise CommError(
                 f"alloc: no room for {local} rows of {d} {dtype} in shared memory (native); "
-                f"{_address_space() >> 20} MiB were reserved"
+                f"{self._room >> 20} MiB were reserved"
             ) from None
         return torch.from_numpy(memory).view(dtype).view(local, stride)[:, :d]
 
@@ -227,7 +241,7 @@ class SharedMemory:
             )
         if outcome == 6:
             raise CommError(
-                f"{operation}: the {_address_space() >> 20} MiB reserved for shared memory are "
+                f"{operation}: the {self._room >> 20} MiB reserved for shared memory are "
                 "used up (native)"
             )
         reason = {
@@ -281,6 +295,10 @@ def counts_of(placement: Placement) -> list[int]:
     return [len(placement.ranks(p)) for p in range(placement.processes)]
 
 
-def _address_space() -> int:
-    """Return how much to reserve for rows: all the machine's memory; pages cost when written."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _room(processes: int) -> int:
+    """Return the bytes to reserve for one process's rows: pages cost when they are written.
+
+    Each process maps the segments of all, and may be in several groups.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(memory, _ADDRESS_SPACE // processes)

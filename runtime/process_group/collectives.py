@@ -76,6 +76,7 @@ class Collectives:
 
     def reduce(self, x: Tensor, root: int, op: Any, operation: str, timeout_s: float) -> None:
         """Reduce ``x`` of all ranks, in place on rank ``root``."""
+        self._check(operation, root)
         if op.op == _Op.PREMUL_SUM:
             x.mul_(op.factor)
         rows = list(x.new_empty(self.size, len(x))) if self.rank == root else []
@@ -87,6 +88,7 @@ class Collectives:
         self, out: Tensor, parts: Sequence[Tensor], op: Any, operation: str, timeout_s: float
     ) -> None:
         """Reduce part i of all ranks into ``out`` of rank i; ``out`` may be this rank's part."""
+        self._check(operation, 0, out, *parts)
         if op.op == _Op.PREMUL_SUM:
             parts = [part * op.factor for part in parts]
         self._reduce_scatter(out, parts, op.op, operation, timeout_s)
@@ -106,6 +108,7 @@ class Collectives:
 
     def broadcast(self, x: Tensor, root: int, operation: str, timeout_s: float) -> None:
         """Copy rank ``root``'s ``x`` into everyone's."""
+        self._check(operation, root)
         if x.nbytes <= _WHOLE_BYTES:
             own = x if self.rank == root else None
             status = self._shared.broadcast(own, x[None], root, timeout_s)
@@ -119,6 +122,7 @@ class Collectives:
         self, outs: Sequence[Tensor], x: Tensor, operation: str, timeout_s: float
     ) -> None:
         """Copy rank i's ``x`` into ``outs[i]``; lengths may differ between ranks."""
+        self._check(operation, 0, x, *outs)
         self._exchange(
             [(p, x) for p in self._others],
             [(p, outs[p]) for p in self._others],
@@ -129,6 +133,7 @@ class Collectives:
 
     def all_gather_single(self, out: Tensor, x: Tensor, operation: str, timeout_s: float) -> None:
         """Copy rank i's ``x`` into part i of ``out``; ``x`` may be this rank's part."""
+        self._check(operation, 0, x, out)
         if out.numel() != self.size * x.numel():
             raise ValueError(
                 f"{operation}: {out.numel()} elements for {self.size} times {x.numel()} (gossamer)"
@@ -144,6 +149,7 @@ class Collectives:
         self, outs: Sequence[Tensor], x: Tensor, root: int, operation: str, timeout_s: float
     ) -> None:
         """As ``all_gather``, on rank ``root`` alone."""
+        self._check(operation, root, x, *outs)
         if self.rank != root:
             self._exchange([(root, x)], [], operation, timeout_s)
             return
@@ -154,6 +160,7 @@ class Collectives:
         self, out: Tensor, parts: Sequence[Tensor], root: int, operation: str, timeout_s: float
     ) -> None:
         """Copy rank ``root``'s part i into ``out`` of rank i."""
+        self._check(operation, root, out, *parts)
         if self.rank != root:
             self._exchange([], [(root, out)], operation, timeout_s)
             return
@@ -164,6 +171,7 @@ class Collectives:
         self, outs: Sequence[Tensor], parts: Sequence[Tensor], operation: str, timeout_s: float
     ) -> None:
         """Copy rank i's part j into ``outs[i]`` of rank j; lengths may differ."""
+        self._check(operation, 0, *outs, *parts)
         self._exchange(
             [(p, parts[p]) for p in self._others],
             [(p, outs[p]) for p in self._others],
@@ -185,6 +193,17 @@ class Collectives:
     def close(self) -> None:
         """Leave the group; may be called twice."""
         self._shared.close()
+
+    def _check(self, operation: str, root: int, *tensors: Tensor) -> None:
+        """Refuse what the kernels would take for memory that is not there; nothing was sent."""
+        if not 0 <= root < self.size:
+            raise ValueError(f"{operation}: there is no rank {root} in a group of {self.size}")
+        kinds = {(t.dtype, t.device) for t in tensors}
+        if len(kinds) > 1:
+            found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise ValueError(
+                f"{operation}: inputs and outputs must have one dtype and device, got {found}"
+            )
 
     def _exchange(
         self,

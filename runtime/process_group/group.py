@@ -30,6 +30,9 @@ from gossamer.runtime.process_group.work import GroupWork, Line
 
 __all__ = ["GossamerGroup", "create"]
 
+_ROOM = 1 << 30
+"""Bytes of address space for messages under way: torch's tensors are not in shared memory."""
+
 
 def create(options: Any, _: Any = None) -> GossamerGroup:
     """Join a group: what ``init_process_group("gossamer")`` and ``new_group`` call.
@@ -89,8 +92,8 @@ class GossamerGroup(NamedGroup):
                 "groups within a host (new_group(ranks, backend='gossamer'))"
             )
         members = list(range(size))
-        self._collectives = Collectives(meet_on_host(gather, rank, members, global_ranks))
-        self._p2p = PointToPoint(meet_on_host(gather, rank, members, global_ranks))
+        shared = [meet_on_host(gather, rank, members, global_ranks, _ROOM) for _ in range(2)]
+        self._collectives, self._p2p = Collectives(shared[0]), PointToPoint(shared[1])
         self._line = Line("gossamer-group")
         self._ranks = list(global_ranks)
         self._calls = 0

@@ -1,5 +1,6 @@
 """What test_process_group.py trains: with DistributedDataParallel, FSDP2 and the gossip hook."""
 
+import pytest
 import torch
 from process_group_setup import GLOO, OURS, RANK, N, all_gather_single, same
 from torch import nn
@@ -107,8 +108,33 @@ def gossip_on_parameters():
     state.close()
 
 
+class HalfDetached(nn.Module):
+    """y = u * w, in which w takes no gradient although it is a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.u, self.w = (nn.Parameter(torch.full((1,), 1.0 + RANK)) for _ in range(2))
+
+    def forward(self, x):
+        return x * self.u * self.w.detach()
+
+
+def gossip_leaves_parameters_alone_until_backward_is_over():
+    state = gossamer.GossipState("complete", average="parameters", timeout_s=60)
+    model = DistributedDataParallel(HalfDetached(), find_unused_parameters=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0 + RANK)  # DDP gave everyone rank 0's
+    model.register_comm_hook(state, gossamer.gossip_hook)
+    model(torch.ones(1)).sum().backward()
+    assert model.module.u.grad.item() == 1.0 + RANK
+    assert model.module.w.item() == pytest.approx((N + 1) / 2)
+    state.close()
+
+
 def check_gossip_hook():
     gossip_on_parameters()
+    gossip_leaves_parameters_alone_until_backward_is_over()
     for topology in ("ring", "one_peer_exponential", "complete"):
         gossip_steps(OURS, topology)
     gossip_steps(GLOO, "ring")

@@ -311,6 +311,12 @@ def check_what_cannot_work_is_refused():
         (lambda: dist.all_gather([torch.empty(1)], torch.ones(1)), "a tensor per rank"),
         (lambda: dist.all_reduce(torch.eye(3).to_sparse()), "dense"),
         (lambda: dist.all_to_all_single(torch.empty(N + 1), torch.empty(N + 1)), "equal parts"),
+        (
+            lambda: all_gather_single(torch.empty(4 * N, dtype=torch.bfloat16), torch.ones(4)),
+            "one dtype and device, got torch.bfloat16 on cpu and torch.float32 on cpu",
+        ),
+        (lambda: dist.broadcast(torch.ones(3), group_src=N), f"no rank {N} in a group of {N}"),
+        (lambda: dist.reduce(torch.ones(3), group_dst=N), f"no rank {N} in a group of {N}"),
     ]:
         with pytest.raises((ValueError, RuntimeError), match=message):
             call()

@@ -149,6 +149,53 @@ def test_an_output_that_does_not_fit_a_collective_is_refused(out):
         comm.broadcast(comm.alloc(5), out=out)
 
 
+@pytest.mark.parametrize(
+    "x", [torch.ones(0, 4), torch.ones(3, 4), torch.ones(2), torch.ones(2, 4, device="meta")]
+)
+@pytest.mark.parametrize("operation", ["all_reduce", "all_gather", "broadcast", "reduce_scatter"])
+def test_rows_that_are_not_the_hosted_ranks_are_refused_by_collectives(operation, x):
+    comm = Communicator(build("ring", 2), StackedTransport())
+    with pytest.raises(ValueError, match=rf"{operation}: x must be \(2, m\), one row per hosted"):
+        getattr(comm, operation)(x)
+
+
+@pytest.mark.parametrize("root", [-1, 2, 99])
+def test_a_root_that_is_no_rank_is_refused(root):
+    comm = Communicator(build("ring", 2), StackedTransport())
+    with pytest.raises(ValueError, match=rf"root must be a rank, 0..1, got {root}"):
+        comm.broadcast(torch.ones(2, 3), root)
+
+
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_an_average_needs_a_round(rounds):
+    comm = Communicator(build("ring", 2), StackedTransport())
+    with pytest.raises(ValueError, match=f"rounds must be at least 1, got {rounds}"):
+        comm.neighbor_average(torch.ones(2, 3), rounds=rounds)
+
+
+def test_several_rounds_do_not_write_over_what_the_last_one_adds():
+    comm = Communicator(build("ring", 4), StackedTransport())
+    x, y = comm.alloc(3) + 1, comm.alloc(3) + 2
+    assert (comm.neighbor_average(x, out=y, axpy=(0.5, y)) == 2).all()  # one round may
+    with pytest.raises(ValueError, match="out must not be axpy's y"):
+        comm.neighbor_average(x, out=y, axpy=(0.5, y), rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([torch.ones(3)], "a row for each of 2 hosted ranks"),
+        ([torch.ones(3), torch.ones(3).double()], "of one dtype"),
+        ([torch.ones(3), torch.ones(6)[::2]], "contiguous"),
+        ([torch.ones(3), torch.ones(1, 3)], r"must be \(m,\)"),
+    ],
+)
+def test_ragged_rows_are_checked_before_their_lengths_travel(rows, message):
+    comm = Communicator(build("ring", 2), StackedTransport())
+    with pytest.raises(ValueError, match=message):
+        comm.neighbor_gather_ragged(rows)
+
+
 def test_metrics_do_not_count_as_the_runs_bytes():
     comm = stacked()
     comm.all_reduce(comm.alloc(10), count=False)
