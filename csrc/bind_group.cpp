@@ -97,14 +97,15 @@ using SourceTuple =
 AveragePlan make_plan(std::vector<std::uint32_t> targets, std::vector<std::uint32_t> staged_rows,
                       std::size_t most_staged, const std::vector<SourceTuple>& sources,
                       const Array<std::int64_t>& indptr, const Array<std::int64_t>& columns,
-                      const Array<double>& weights) {
+                      const Array<double>& weights, const Array<std::int64_t>& degree) {
   AveragePlan plan{.targets = std::move(targets),
                    .staged_rows = std::move(staged_rows),
                    .most_staged = most_staged,
                    .sources = {},
                    .indptr = to_vector(indptr),
                    .columns = to_vector(columns),
-                   .weights = to_vector(weights)};
+                   .weights = to_vector(weights),
+                   .degree = to_vector(degree)};
   for (const auto& [peer, rows, staged] : sources) plan.sources.push_back({peer, rows, staged});
   return plan;
 }
@@ -179,7 +180,7 @@ void bind_group(nb::module_& m) {
       .def("close", &Group::close, nb::call_guard<Release>());
   nb::class_<AveragePlan>(m, "AveragePlan", "One process's part of a round.")
       .def_static("create", &make_plan, "targets"_a, "staged_rows"_a, "most_staged"_a, "sources"_a,
-                  "indptr"_a, "columns"_a, "weights"_a);
+                  "indptr"_a, "columns"_a, "weights"_a, "degree"_a);
   nb::class_<Exchange>(m, "Exchange", "Transfers on their way.")
       .def(nb::init<std::shared_ptr<Group>, const std::vector<BufferTuple>&,
                     const std::vector<BufferTuple>&>(),

@@ -96,6 +96,7 @@ NB_MODULE(_C, m) {
   m.doc() =
       "Compiled kernels; call them through gossamer.runtime.native, which checks the arguments.";
   bind_group(m);
+  bind_calls(m);
   bind_device(m);
   bind_random(m);
   m.def("instruction_set", &gossamer::instruction_set, "The instruction set the kernels use here.");

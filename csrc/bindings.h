@@ -13,6 +13,7 @@
 #include "collectives.h"
 
 void bind_group(nanobind::module_& m);
+void bind_calls(nanobind::module_& m);
 void bind_device(nanobind::module_& m);
 void bind_random(nanobind::module_& m);
 

@@ -27,6 +27,7 @@ struct AveragePlan {
   std::vector<Source> sources;             // in the order of their rows in the table
   std::vector<std::int64_t> indptr, columns;
   std::vector<double> weights;
+  std::vector<std::int64_t> degree;  // messages that each hosted rank sends
 };
 
 struct AverageCall {

@@ -14,25 +14,12 @@ class Gather : Collective {
   Status run(const BroadcastCall& call);
 
  private:
-  // Sends the rows to `peers`: in the message, from where they lie (then `direct`), or staged.
-  Status send_rows(const Rows& x, std::size_t row_bytes, const std::vector<std::uint32_t>& peers,
-                   bool& direct);
+  // Sends the rows to all: in the message, from where they lie (then `direct`), or staged.
+  Status send_rows(const Rows& x, std::size_t row_bytes, bool& direct);
   // The rows of the next message of `peer`, one after another, at `out`.
   Status take(std::uint32_t peer, std::size_t rows, std::size_t row_bytes, std::byte* out);
-  Status until_all_read(const std::vector<std::uint32_t>& peers, bool direct) {
-    if (!direct) return {};
-    for (const std::uint32_t p : peers) {
-      if (const Status s = until_read(p); !s.ok()) return s;
-    }
-    return {};
-  }
-  std::vector<std::uint32_t> all_peers() {
-    std::vector<std::uint32_t> peers;
-    each_peer([&](std::uint32_t p) {
-      peers.push_back(p);
-      return Status{};
-    });
-    return peers;
+  Status until_all_read(bool direct) {
+    return direct ? each_peer([&](std::uint32_t p) { return until_read(p); }) : Status{};
   }
 };
 
@@ -43,8 +30,7 @@ void copy_rows(const Rows& x, std::size_t row_bytes, std::byte* to) {
   }
 }
 
-Status Gather::send_rows(const Rows& x, std::size_t row_bytes,
-                         const std::vector<std::uint32_t>& peers, bool& direct) {
+Status Gather::send_rows(const Rows& x, std::size_t row_bytes, bool& direct) {
   const std::size_t bytes = x.count * row_bytes;
   const auto* data = reinterpret_cast<const std::byte*>(x.address);
   std::size_t stride = row_bytes;
@@ -59,14 +45,13 @@ Status Gather::send_rows(const Rows& x, std::size_t row_bytes,
     copy_rows(x, row_bytes, at);
     data = at;
   }
-  for (const std::uint32_t p : peers) {
+  return each_peer([&](std::uint32_t p) {
     const std::size_t sent = fits ? bytes : std::max(bytes, Message::kInlineBytes + 1);
     const Status s = send(p, Kind::kGather, row_bytes, sent, data, stride, 0);
-    if (!s.ok()) return s;
-    if (direct) lend(p);
-    if (!fits && !direct) stage_until(p);
-  }
-  return {};
+    if (s.ok() && direct) lend(p);
+    if (s.ok() && !fits && !direct) stage_until(p);
+    return s;
+  });
 }
 
 Status Gather::take(std::uint32_t peer, std::size_t rows, std::size_t row_bytes, std::byte* out) {
@@ -84,15 +69,13 @@ Status Gather::run(const GatherCall& call) {
   auto* out = reinterpret_cast<std::byte*>(call.out);
   std::vector<std::size_t> first(call.counts.size() + 1);
   for (std::size_t p = 0; p < call.counts.size(); ++p) first[p + 1] = first[p] + call.counts[p];
-  const auto peers = all_peers();
   bool direct = false;
-  if (const Status s = send_rows(call.x, call.row_bytes, peers, direct); !s.ok()) return s;
+  if (const Status s = send_rows(call.x, call.row_bytes, direct); !s.ok()) return s;
   copy_rows(call.x, call.row_bytes, out + first[g_.process()] * call.row_bytes);
-  for (const std::uint32_t p : peers) {
-    const Status s = take(p, call.counts[p], call.row_bytes, out + first[p] * call.row_bytes);
-    if (!s.ok()) return s;
-  }
-  return until_all_read(peers, direct);
+  const Status taken = each_peer([&](std::uint32_t p) {
+    return take(p, call.counts[p], call.row_bytes, out + first[p] * call.row_bytes);
+  });
+  return taken.ok() ? until_all_read(direct) : taken;
 }
 
 Status Gather::run(const BroadcastCall& call) {
@@ -101,11 +84,10 @@ Status Gather::run(const BroadcastCall& call) {
   auto* out = reinterpret_cast<std::byte*>(call.out);
   if (g_.process() != call.root) return take(call.root, 1, call.row_bytes, out);
   const Rows x{call.x, 1, call.row_bytes};
-  const auto peers = all_peers();
   bool direct = false;
-  if (const Status s = send_rows(x, call.row_bytes, peers, direct); !s.ok()) return s;
+  if (const Status s = send_rows(x, call.row_bytes, direct); !s.ok()) return s;
   copy_rows(x, call.row_bytes, out);
-  return until_all_read(peers, direct);
+  return until_all_read(direct);
 }
 
 }  // namespace

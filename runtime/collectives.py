@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,13 @@ from gossamer.runtime.shared_memory import counts_of
 from gossamer.runtime.traffic import Traffic
 from gossamer.runtime.transports.base import Transport
 from gossamer.runtime.transports.hybrid import HybridTransport
+from gossamer.runtime.work import Pending
 
 __all__ = ["RankGroup", "Reduction", "sum_rows"]
 
 Reduction = Literal["sum", "mean", "min", "max"]
+
+_SUMS = ("sum", "mean")
 
 _DIRECT_BYTES = 64 << 10
 """A second exchange costs about as much as receiving this many bytes."""
@@ -66,6 +69,11 @@ class RankGroup:
             lambda row: np.eye(1, self.local, row, dtype=np.int64)[0]
         )
         self._scratch_rows: dict[torch.dtype, Tensor] = {}
+        calls = self._host_memory and self._host_memory.calls(self._counts)
+        if calls is not None:
+            self.traffic.take = calls.take
+        self._calls = calls
+        self._last: Pending[Any] | None = None
 
     # --- collectives ------------------------------------------------------------------------
 
@@ -88,9 +96,24 @@ class RankGroup:
             ValueError: ``x`` is not a row per hosted rank on the device of the transport, or
                 ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
         """
+        calls = self._calls
+        if (
+            calls is not None
+            and out is not None
+            and count
+            and not self.traffic.tracing
+            and op in _SUMS
+        ):
+            if self._last is not None:
+                self._settle()
+            status = calls.all_reduce(x, out, op == "mean", self.timeout_s)
+            if status == 0:
+                return out
+            if status > 0:
+                self._check(status, "all_reduce")
         m = self._width("all_reduce", x)
         _check_out("all_reduce", out, (1, m), x)
-        self._count(2 * m * x.itemsize * (self.n - 1) / self.n, 2, count)
+        self._count(2 * m * x.itemsize * (self.n - 1) // self.n, 2, count)
         if out is None:
             out = torch.empty(1, m, dtype=x.dtype, device=x.device)
         if op in ("min", "max"):
@@ -126,6 +149,15 @@ class RankGroup:
             ValueError: ``x`` is not a row per hosted rank on the device of the transport, or
                 ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
         """
+        calls = self._calls
+        if calls is not None and out is not None and count and not self.traffic.tracing:
+            if self._last is not None:
+                self._settle()
+            status = calls.all_gather(x, out, self.timeout_s)
+            if status == 0:
+                return out
+            if status > 0:
+                self._check(status, "all_gather")
         m = self._width("all_gather", x)
         _check_out("all_gather", out, (self.n, m), x)
         self._count((self.n - 1) * m * x.itemsize, self.n - 1, count)
@@ -150,6 +182,15 @@ class RankGroup:
             ValueError: ``x`` is not a row per hosted rank on the device of the transport, or
                 ``out`` has another shape or dtype, or is not contiguous; nothing was sent.
         """
+        calls = self._calls
+        if calls is not None and out is not None and count and not self.traffic.tracing:
+            if self._last is not None:
+                self._settle()
+            status = calls.broadcast(x, root, out, self.timeout_s)
+            if status == 0:
+                return out
+            if status > 0:
+                self._check(status, "broadcast")
         m = self._width("broadcast", x)
         _check_out("broadcast", out, (1, m), x)
         if not 0 <= root < self.n:
@@ -271,13 +312,16 @@ class RankGroup:
     def _finish(self, status: int, operation: str, begin: float) -> None:
         """Count the time of a call to shared memory, and raise what its status stands for."""
         self.traffic.spent("communicate", operation, self.step, begin)
+        self._check(status, operation)
+
+    def _check(self, status: int, operation: str) -> None:
         if status != 0:
             assert self._shared is not None
             self._shared.check(status, f"step {self.step}: {operation}", self.timeout_s)
 
-    def _count(self, bytes_sent: float, messages: int, count: bool) -> None:
+    def _count(self, bytes_sent: int, messages: int, count: bool) -> None:
         if count and self.n > 1:
-            self.traffic.count(self._each, messages, round(bytes_sent))
+            self.traffic.count(self._each, messages, bytes_sent)
 
     def _gather_rows(self, x: Tensor, operation: str, out: Tensor | None = None) -> Tensor:
         if self.transport.processes == 1 and out is None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.runtime import native
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.errors import RoundMismatch
 from gossamer.runtime.exchange import ExchangePlan, plan_exchange
@@ -26,7 +27,7 @@ from gossamer.runtime.random import Random, Stream
 from gossamer.runtime.rows import empty_rows, rows_overlap
 from gossamer.runtime.transports.base import Transport
 from gossamer.runtime.transports.hybrid import HybridTransport
-from gossamer.runtime.work import Background, Pending, Work
+from gossamer.runtime.work import Background, Work
 from gossamer.topologies import Topology
 
 __all__ = ["Communicator", "Work"]
@@ -94,7 +95,6 @@ class Communicator(RankGroup):
         self._agreed: set[int] = set()
         self._scratch: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._line: Background | None = None
-        self._last: Pending[Any] | None = None
         if self._check_rounds and not self.same(topology.digest()):
             raise RoundMismatch(
                 f"topology: the processes hold different topologies; this one has {topology!r}"
@@ -135,6 +135,17 @@ class Communicator(RankGroup):
             PeerLost: a neighbour's process is gone; names peer and operation.
             RoundMismatch: the processes hold different rounds t; raised on all of them.
         """
+        calls = self._calls
+        if calls is not None and out is not None and not self.traffic.tracing:
+            if self._last is not None:
+                self._settle()
+            a, y = (0.0, None) if axpy is None else axpy
+            plan, threads = self._compiled(self._place_in_schedule()), native.num_threads()
+            status = calls.average(plan, x, out, y, a, rounds, threads, self.timeout_s)
+            if status == 0:
+                return out
+            if status > 0:
+                self._check(status, f"neighbor_average (round {self.round})")
         out = self._output(x, out, axpy, rounds)
         self._settle()
         t = self._place_in_schedule()

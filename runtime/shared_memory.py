@@ -16,7 +16,7 @@ from torch import Tensor
 from gossamer.runtime import native
 from gossamer.runtime.errors import CommError, CommTimeout, PeerLost
 from gossamer.runtime.exchange import ExchangePlan
-from gossamer.runtime.native import DTYPES, AveragePlan, Exchange, Group
+from gossamer.runtime.native import DTYPES, AveragePlan, Calls, Exchange, Group
 from gossamer.runtime.placement import Placement
 from gossamer.runtime.rows import aligned
 
@@ -122,6 +122,7 @@ class SharedMemory:
             plan.terms.indptr,
             plan.terms.columns,
             plan.terms.weights,
+            plan.degree,
         )
 
     def average(
@@ -218,6 +219,13 @@ class SharedMemory:
         """
         at = 0 if x is None else x.data_ptr()
         return self._group.broadcast(at, root, out.data_ptr(), out.nbytes, timeout_s)
+
+    def calls(self, counts: Sequence[int]) -> Calls | None:
+        """Return the collectives for a communicator with so many rows in each process.
+
+        They take tensors and count for themselves; -1 where a call is not theirs to make.
+        """
+        return Calls(self._group, list(counts))
 
     def check(self, status: int, operation: str, timeout_s: float) -> None:
         """Raise what a status other than 0 stands for.

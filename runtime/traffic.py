@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,8 +39,8 @@ class Traffic:
     transport and split of ranks.
 
     Attributes:
-        seconds: time per lane so far on the caller's thread; what runs in the background costs
-            the caller only what it waits for.
+        take: asks compiled calls for the seconds, and the bytes and messages per hosted rank, that
+            they counted since they were last asked.
         events: spans, kept when ``tracing``.
     """
 
@@ -48,7 +49,8 @@ class Traffic:
         self._bytes, self._messages = np.zeros(local, np.int64), np.zeros(local, np.int64)
         # Counts that wait to be added: an operation of a few bytes takes less than an addition.
         self._waiting: dict[int, list[Any]] = {}
-        self.seconds: dict[Lane, float] = {"compute": 0.0, "communicate": 0.0, "wait": 0.0}
+        self._seconds: dict[Lane, float] = {"compute": 0.0, "communicate": 0.0, "wait": 0.0}
+        self.take: Callable[[], tuple[float, list[int], list[int]]] | None = None
         self.events: list[Event] = []
         self.tracing = False
         self.origin = time.perf_counter()
@@ -74,6 +76,20 @@ class Traffic:
             self._bytes += per_rank * bytes_sent
             self._messages += per_rank * messages
         self._waiting.clear()
+        if self.take is not None:
+            seconds, sent, messages = self.take()
+            self._seconds["communicate"] += seconds
+            self._bytes += sent
+            self._messages += messages
+
+    @property
+    def seconds(self) -> dict[Lane, float]:
+        """Time per lane so far on the caller's thread, in seconds.
+
+        What runs in the background costs the caller only what it waits for.
+        """
+        self._settle()
+        return self._seconds
 
     @property
     def bytes_sent(self) -> np.ndarray:
@@ -96,7 +112,7 @@ class Traffic:
         end = time.perf_counter()
         background = threading.get_ident() != self.thread
         if not background:
-            self.seconds[lane] += end - begin
+            self._seconds[lane] += end - begin
         if self.tracing:
             times = (begin - self.origin, end - self.origin)
             self.events.append(Event(lane, name, *times, step, background))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 try:
     from gossamer.runtime import _C
-    from gossamer.runtime._C import AveragePlan, DeviceGroup, Exchange, Group
+    from gossamer.runtime._C import AveragePlan, Calls, DeviceGroup, Exchange, Group
 except ImportError as error:
     raise ImportError(
         "gossamer's compiled module is missing; build it with "
@@ -19,6 +19,7 @@ __all__ = [
     "DTYPES",
     "_C",
     "AveragePlan",
+    "Calls",
     "DeviceGroup",
     "Exchange",
     "Group",
