@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
 
 #include "collective.h"
 #include "collectives.h"
@@ -16,9 +17,12 @@ constexpr std::size_t kScratchBytes = 64 << 10;  // of a slice, in cache until a
 class AllReduce : Collective {
  public:
   using Collective::Collective;
-  Status run(const SumCall& call);
+  Status run(const SumCall& call) {
+    return run_whole([&] { return sum(call); });
+  }
 
  private:
+  Status sum(const SumCall& call);
   Status sum_whole(const SumCall& call);
   Status sum_direct(const SumCall& call, bool& agreed);
   Status sum_by_pieces(const SumCall& call);
@@ -28,7 +32,7 @@ class AllReduce : Collective {
                 std::uintptr_t to);
 };
 
-Status AllReduce::run(const SumCall& call) {
+Status AllReduce::sum(const SumCall& call) {
   if (const Status s = settle(); !s.ok()) return s;
   const std::size_t n = std::accumulate(call.counts.begin(), call.counts.end(), std::size_t{0});
   const std::size_t row_bytes = call.d * size_bytes(call.dtype);
@@ -126,6 +130,8 @@ Status AllReduce::sum_direct(const SumCall& call, bool& agreed) {
       const std::size_t len = std::min(width, end - b);
       add_rows(call, b, b, len, at);
       for (std::uint32_t p = 0; p < g_.processes(); ++p) {
+        // One that gave up uses its rows again.
+        if (const Status s = p == g_.process() ? Status{} : still_whole(p); !s.ok()) return s;
         std::byte* result = p == g_.process() ? reinterpret_cast<std::byte*>(call.out)
                                               : memory_of(p, message(p).mark);
         kernels().copy(reinterpret_cast<const std::byte*>(at), result + b * element_bytes,
@@ -202,6 +208,13 @@ Status AllReduce::sum_by_pieces(const SumCall& call) {
 
 }  // namespace
 
-Status sum(Group& group, const SumCall& call) { return AllReduce(group, call.timeout_s).run(call); }
+Status sum(Group& group, const SumCall& call) {
+  check(group, call);
+  const std::size_t row_bytes = call.d * size_bytes(call.dtype);
+  if (overlap_of(call.x, {call.out, 1, row_bytes}, row_bytes) == Overlap::kPart) {
+    throw std::invalid_argument("sum: out overlaps a row of x in part");
+  }
+  return AllReduce(group, call.timeout_s, kind_bits(call.dtype)).run(call);
+}
 
 }  // namespace gossamer

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 
 #include "collective.h"
 #include "collectives.h"
@@ -20,10 +21,18 @@ enum Mark : std::uint64_t {
   kToReport = 2  // likewise, and the sender waits for each piece that was read, to overwrite it
 };
 
+struct Scratch {
+  std::unique_ptr<std::byte[]> memory;
+  std::uintptr_t at;  // on a cache line
+  explicit Scratch(std::size_t bytes)
+      : memory(std::make_unique_for_overwrite<std::byte[]>(bytes + 64)),
+        at((reinterpret_cast<std::uintptr_t>(memory.get()) + 63) / 64 * 64) {}
+};
+
 class Average : Collective {
  public:
   Average(Group& group, const AveragePlan& plan, const AverageCall& call)
-      : Collective(group, call.timeout_s),
+      : Collective(group, call.timeout_s, kind_bits(call.dtype)),
         plan_(plan),
         call_(call),
         element_bytes_(size_bytes(call.dtype)),
@@ -32,18 +41,25 @@ class Average : Collective {
                            call.d)),
         pieces_((call.d + width_ - 1) / width_) {}
 
-  Status run();
+  Status run() {
+    return run_whole([&] { return all_rounds(); });
+  }
 
  private:
+  Status all_rounds();
   Status round(const Rows& x, const std::optional<Rows>& addend);
   Status send_staged(const Rows& x);
   Status overwrite(const Rows& x, const std::optional<Rows>& addend);
   // Columns [begin, begin + len) of the result, at `out`.
   void add_up(const Rows& x, const std::optional<Rows>& addend, std::size_t begin, std::size_t len,
               const Rows& out, bool stream);
-  [[nodiscard]] bool has_read(std::uint32_t target, std::uint32_t pieces) const {
-    return static_cast<std::int32_t>(channel_to(target).read.load(std::memory_order_seq_cst) -
-                                     pieces) >= 0;
+  [[nodiscard]] bool has_read(std::uint32_t target, std::uint64_t pieces) const {
+    return channel_to(target).read.load(std::memory_order_seq_cst) >= pieces;
+  }
+  // Of a failure after rows of `out` were written from what a peer may have changed meanwhile.
+  [[nodiscard]] Status torn(Status failure) const {
+    const bool in_place = overlap(call_.x, row_bytes_, call_.out);
+    return in_place ? Status{Outcome::kTorn, failure.peer} : failure;
   }
 
   const AveragePlan& plan_;
@@ -52,7 +68,7 @@ class Average : Collective {
   std::vector<std::uintptr_t> table_;
 };
 
-Status Average::run() {
+Status Average::all_rounds() {
   if (const Status s = settle(); !s.ok()) return s;
   if (call_.d == 0) return {};
   Rows x = call_.x;
@@ -86,9 +102,12 @@ Status Average::round(const Rows& x, const std::optional<Rows>& addend) {
     if (const Status s = receive(source.peer, Kind::kAverage, row_bytes_); !s.ok()) return s;
   }
   if (direct && in_place) return overwrite(x, addend);
+  // What is staged stays as it is, even where its sender fails.
+  const bool may_change = std::ranges::any_of(
+      plan_.sources, [&](const auto& source) { return message(source.peer).mark != kStaged; });
   add_up(x, addend, 0, call_.d, call_.out, row_bytes_ >= kStreamBytes && !in_place);
   for (const auto& source : plan_.sources) {
-    if (const Status s = still_whole(source.peer); !s.ok()) return s;
+    if (const Status s = still_whole(source.peer); !s.ok()) return may_change ? torn(s) : s;
     if (message(source.peer).mark == kToReport) report(source.peer, pieces_);
     consume(source.peer);
   }
@@ -125,25 +144,30 @@ Status Average::send_staged(const Rows& x) {
 }
 
 // The result goes where the peers read: piece by piece into a few slots, and on to its place when
-// all targets have read that piece. A target that dies no longer reads; the others still do.
+// all targets have read that piece. A target that died or stopped no longer reads; the others do.
+// One that is late may come back and read on: no piece that it has not read is written before it
+// can see that this process failed. Until then all the rest waits, in as much memory as that takes.
 Status Average::overwrite(const Rows& x, const std::optional<Rows>& addend) {
   const std::size_t piece_bytes = width_ * element_bytes_, slot_bytes = x.count * piece_bytes;
   const std::size_t slots = std::min(kSlots, pieces_);
-  const auto scratch = std::make_unique_for_overwrite<std::byte[]>(slots * slot_bytes + 64);
-  const auto first = (reinterpret_cast<std::uintptr_t>(scratch.get()) + 63) / 64 * 64;
+  const Scratch scratch(slots * slot_bytes);
+  std::optional<Scratch> rest;
+  std::size_t rest_from = pieces_;  // pieces from here on are in `rest`
   const auto slot = [&](std::size_t i) {
-    return Rows{first + i % slots * slot_bytes, x.count, piece_bytes};
+    const auto at = i < rest_from ? scratch.at + i % slots * slot_bytes
+                                  : rest->at + (i - rest_from) * slot_bytes;
+    return Rows{at, x.count, piece_bytes};
   };
   const auto len_of = [&](std::size_t i) { return std::min(width_, call_.d - i * width_); };
 
   std::vector<std::uint32_t> targets = plan_.targets;
   Status lost;
-  const auto read_by_all = [&](std::size_t i) {
-    return std::ranges::all_of(targets, [&](std::uint32_t t) {
-      return has_read(t, reported_by(t) + static_cast<std::uint32_t>(i) + 1);
-    });
-  };
+  bool late = false;
   std::size_t written = 0;
+  const auto read_by_all = [&](std::size_t i) {
+    return std::ranges::all_of(
+        targets, [&](std::uint32_t t) { return has_read(t, reported_by(t) + i + 1); });
+  };
   const auto write_one = [&] {
     const Rows from = slot(written);
     for (std::size_t r = 0; r < x.count; ++r) {
@@ -153,31 +177,41 @@ Status Average::overwrite(const Rows& x, const std::optional<Rows>& addend) {
     }
     ++written;
   };
-  const auto wait_for_one = [&] {
+  // Until the targets have read `pieces` of them.
+  const auto wait_for = [&](std::size_t pieces) {
     for (const std::uint32_t t : std::vector(targets)) {
-      const std::uint32_t pieces = reported_by(t) + static_cast<std::uint32_t>(written) + 1;
-      const Status s = watch(t, [&] { return has_read(t, pieces); });
+      const Status s = watch(t, [&] { return has_read(t, reported_by(t) + pieces); });
       if (s.ok()) continue;
       lost = s;
+      late |= s.outcome == Outcome::kTimeout;
       std::erase(targets, t);
     }
   };
 
   for (std::size_t i = 0; i < pieces_; ++i) {
-    if (i - written == slots) wait_for_one();
-    while (written < i && (i - written == slots || read_by_all(written))) write_one();
+    if (!late && i - written == slots) wait_for(written + 1);
+    if (late && !rest) {
+      rest.emplace((pieces_ - i) * slot_bytes);
+      rest_from = i;
+    }
+    while (!late && written < i && (i - written == slots || read_by_all(written))) write_one();
     add_up(x, addend, i * width_, len_of(i), slot(i), false);
     for (const auto& source : plan_.sources) {
       // After its failure a peer's rows may change: then there is no whole average any more.
-      if (const Status s = still_whole(source.peer); !s.ok()) return s;
+      if (const Status s = still_whole(source.peer); !s.ok()) return written == 0 ? s : torn(s);
       if (message(source.peer).mark == kToReport) report(source.peer, 1);
     }
   }
   for (const auto& source : plan_.sources) consume(source.peer);
-  while (written < pieces_) {
-    wait_for_one();
-    write_one();
+  while (!late && written < pieces_) {
+    wait_for(written + 1);
+    if (!late) write_one();
   }
+  if (late) {
+    wait_for(pieces_);
+    give_up(lost);
+  }
+  while (written < pieces_) write_one();
   for (const std::uint32_t t : plan_.targets) count_reported(t, pieces_);
   return lost.ok() ? lost : give_up(lost);
 }
@@ -223,6 +257,12 @@ void Average::add_up(const Rows& x, const std::optional<Rows>& addend, std::size
 }  // namespace
 
 Status average(Group& group, const AveragePlan& plan, const AverageCall& call) {
+  check(group, plan, call);
+  const std::size_t row_bytes = call.d * size_bytes(call.dtype);
+  if (overlap_of(call.x, call.out, row_bytes) == Overlap::kPart ||
+      (call.addend && overlap_of(*call.addend, call.out, row_bytes) == Overlap::kPart)) {
+    throw std::invalid_argument("average: an output row overlaps a source row in part");
+  }
   return Average(group, plan, call).run();
 }
 

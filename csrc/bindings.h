@@ -55,7 +55,7 @@ inline gossamer::AverageCall to_average_call(const gossamer::AveragePlan& plan, 
                                              std::size_t y_stride, double a, std::size_t d,
                                              int dtype, int rounds, std::size_t num_threads,
                                              double timeout_s) {
-  const std::size_t local = plan.indptr.size() - 1;
+  const std::size_t local = plan.indptr.size() - 1;  // check() sees where there is none
   gossamer::AverageCall call{
       .x = {x, local, x_stride},
       .out = {out, local, out_stride},

@@ -21,7 +21,7 @@ Status Collective::settle() {
 
 Status Collective::send(std::uint32_t peer, Kind kind, std::uint64_t total, std::uint64_t bytes,
                         const std::byte* data, std::uint64_t stride, std::uint64_t mark) {
-  const std::uint32_t count = g_.sent_[peer];
+  const std::uint64_t count = g_.sent_[peer];
   const Channel& channel = g_.channel(g_.process_, peer);
   if (const Status s = g_.wait(peer, timeout_s_, [&, count] { return channel.has_room(count); });
       !s.ok()) {
@@ -32,7 +32,7 @@ Status Collective::send(std::uint32_t peer, Kind kind, std::uint64_t total, std:
   m.bytes = bytes;
   m.stride = stride;
   m.mark = mark;
-  m.kind = static_cast<std::uint32_t>(kind);
+  m.kind = static_cast<std::uint32_t>(kind) | bits_;
   if (data != nullptr && bytes <= Message::kInlineBytes) {
     std::memcpy(m.payload, data, bytes);
     m.offset = Message::kNowhere;
@@ -45,11 +45,11 @@ Status Collective::send(std::uint32_t peer, Kind kind, std::uint64_t total, std:
 
 Status Collective::stage(std::size_t bytes, std::byte** at) {
   while ((*at = g_.stage(bytes)) == nullptr) {
-    const std::uint32_t reader = g_.oldest_reader();
-    if (reader == g_.process_) return g_.failed({Outcome::kNoMemory, reader});
+    const auto unread = g_.unread();
+    if (!unread) return g_.failed({Outcome::kNoMemory, g_.process_});
+    const auto& [reader, count] = *unread;
     const Channel& channel = g_.channel(g_.process_, reader);
-    const std::uint32_t before = channel.consumed.load();
-    const Status s = g_.wait(reader, timeout_s_, [&] { return channel.consumed.load() != before; });
+    const Status s = g_.wait(reader, timeout_s_, [&, n = count] { return channel.done(n); });
     if (!s.ok()) return s;
   }
   return {};
@@ -59,13 +59,13 @@ Status Collective::receive(std::uint32_t peer, Kind kind, std::uint64_t total) {
   const Status s = g_.wait(peer, timeout_s_, [&] { return g_.has_message(peer); });
   if (!s.ok()) return s;
   const Message& m = g_.incoming(peer);
-  if (m.kind != static_cast<std::uint32_t>(kind) || m.total != total)
+  if (m.kind != (static_cast<std::uint32_t>(kind) | bits_) || m.total != total)
     return g_.failed({Outcome::kMismatch, peer});
   return {};
 }
 
 Status Collective::until_read(std::uint32_t peer) {
-  const std::uint32_t count = g_.sent_[peer];
+  const std::uint64_t count = g_.sent_[peer];
   const Channel& channel = g_.channel(g_.process_, peer);
   return g_.wait(peer, timeout_s_, [&, count] { return channel.done(count); });
 }

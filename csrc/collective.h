@@ -19,13 +19,26 @@ enum class Kind : std::uint32_t { kTransfer = 0, kAverage = 1, kSum = 2, kResult
 // Holds the group for the time of one operation.
 class Collective {
  public:
-  Collective(Group& group, double timeout_s)
-      : g_(group), timeout_s_(timeout_s), lock_(group.mutex_) {}
+  // `bits`: kind_bits() of the rows' dtype, where they have one.
+  Collective(Group& group, double timeout_s, std::uint32_t bits = 0)
+      : g_(member(group)), timeout_s_(timeout_s), bits_(bits), lock_(group.mutex_) {}
 
  protected:
   static constexpr std::size_t kDirectBytes = 64
                                               << 10;  // rows from here on are read where they lie
   static constexpr std::size_t kAlign = 64;           // elements: whole cache lines in every dtype
+
+  // Runs an operation. One that throws ends the group: peers would take what it has sent for the
+  // messages of the next one.
+  template <typename F>
+  Status run_whole(F&& operation) {
+    try {
+      return operation();
+    } catch (...) {
+      g_.failed({Outcome::kStopped, g_.process_});
+      throw;
+    }
+  }
 
   // Until what exchanges have queued is on its way: messages of one pair keep their order.
   Status settle();
@@ -74,10 +87,8 @@ class Collective {
   // Pieces of rows that their owner waits to overwrite: `count` more of `peer`'s were read here;
   // and how many of this process's `peer` had been asked to read before this operation.
   void report(std::uint32_t peer, std::size_t count) { g_.report(peer, count); }
-  [[nodiscard]] std::uint32_t reported_by(std::uint32_t peer) const { return g_.asked_[peer]; }
-  void count_reported(std::uint32_t peer, std::size_t count) {
-    g_.asked_[peer] += static_cast<std::uint32_t>(count);
-  }
+  [[nodiscard]] std::uint64_t reported_by(std::uint32_t peer) const { return g_.asked_[peer]; }
+  void count_reported(std::uint32_t peer, std::size_t count) { g_.asked_[peer] += count; }
 
   // As Group::wait, without ending the group where it fails; and ending it.
   template <typename Ready>
@@ -96,8 +107,16 @@ class Collective {
 
   static std::size_t clamp_width(std::size_t bytes, std::size_t element_bytes, std::size_t d);
 
+ private:
+  static Group& member(Group& group) {
+    group.check_member();  // before it is locked: the lock may have been held when it was forked
+    return group;
+  }
+
+ protected:
   Group& g_;
   const double timeout_s_;
+  const std::uint32_t bits_;
   const std::lock_guard<std::mutex> lock_;
   std::vector<Term> terms_;
 };

@@ -41,8 +41,11 @@ struct AverageCall {
   double timeout_s;
 };
 
-// out = W^rounds x + a * addend. On failure x is as it was; a row that is also `out` is as it was
-// or averaged, by some of the rounds.
+// out = W^rounds x + a * addend. A row of x or the addend may be a row of `out`, but not overlap
+// one in part. On failure x is as it was; a row that is also `out` is as it was or averaged, by
+// some of the rounds. It is neither where the outcome is kTorn, or an exception came (of a signal,
+// say): a peer failed in the middle and, after the two seconds that it leaves its readers, wrote
+// its own row again. To be able to undo would cost a copy of the row in every call.
 Status average(Group& group, const AveragePlan& plan, const AverageCall& call);
 
 struct SumCall {
@@ -79,5 +82,13 @@ struct BroadcastCall {
 
 // out = the root's row; on every process.
 Status broadcast(Group& group, const BroadcastCall& call);
+
+// Throw std::out_of_range or std::invalid_argument for arguments that this process alone can see to
+// be wrong: a peer or root that there is not, counts of other processes, an addend that the first
+// of several rounds would overwrite. The collectives, on devices too, call them before they send.
+void check(const Group& group, const AveragePlan& plan, const AverageCall& call);
+void check(const Group& group, const SumCall& call);
+void check(const Group& group, const GatherCall& call);
+void check(const Group& group, const BroadcastCall& call);
 
 }  // namespace gossamer

@@ -32,6 +32,7 @@ std::size_t staged_bytes(const Rows& rows, std::size_t row_bytes) {
 
 template <typename F>
 Status DeviceGroup::run(double timeout_s, DeviceStream stream, F&& operation) {
+  group_->check_member();
   const std::lock_guard lock(group_->mutex_);
   if (!group_->broken_.ok()) return group_->broken_;
   try {
@@ -48,6 +49,9 @@ Status DeviceGroup::run(double timeout_s, DeviceStream stream, F&& operation) {
     const Status status = group_->root_of({Outcome::kStopped, group_->process()});
     group_->failed(status);
     if (status.outcome == Outcome::kLost) return status;
+    throw;
+  } catch (...) {  // peers would take what was sent for the messages of the next operation
+    group_->failed({Outcome::kStopped, group_->process()});
     throw;
   }
 }
@@ -82,6 +86,7 @@ Rows DeviceGroup::stage(const Rows& rows, std::size_t row_bytes) {
 }
 
 Status DeviceGroup::average(const AveragePlan& plan, const AverageCall& call, DeviceStream stream) {
+  check(*group_, plan, call);
   return run(call.timeout_s, stream, [&]() -> Status {
     Rows x = call.x;
     for (int k = 0; k < call.rounds; ++k) {
@@ -97,6 +102,7 @@ Status DeviceGroup::average_once(const AveragePlan& plan, const AverageCall& cal
                                  std::optional<Rows> addend) {
   const std::size_t row_bytes = call.d * size_bytes(call.dtype);
   if (row_bytes == 0 || x.count == 0) return {};
+  const std::uint32_t kind = kAverage | kind_bits(call.dtype);
   // Rows that this process overwrites, or that peers cannot open, are copied first.
   const bool copies_x = overlap(x, row_bytes, call.out) ||
                         (!plan.targets.empty() && !owns(x.address, extent(x, row_bytes)));
@@ -108,13 +114,13 @@ Status DeviceGroup::average_once(const AveragePlan& plan, const AverageCall& cal
   if (copies_x) x = stage(x, row_bytes);
   if (copies_addend) addend = stage(*addend, row_bytes);
 
-  if (const Status s = tell_all(plan.targets, kAverage, row_bytes, &x, 0); !s.ok()) return s;
+  if (const Status s = tell_all(plan.targets, kind, row_bytes, &x, 0); !s.ok()) return s;
   std::vector<std::uintptr_t> table;
   for (std::size_t r = 0; r < x.count; ++r) table.push_back(x.row(r));
   std::vector<std::uint32_t> sources;
   for (const AveragePlan::Source& source : plan.sources) {
     Heard heard;
-    const Status s = hear(source.peer, kAverage, row_bytes, &heard);
+    const Status s = hear(source.peer, kind, row_bytes, &heard);
     if (!s.ok()) return s;
     for (const std::uint32_t row : source.rows) table.push_back(heard.rows + row * heard.stride);
     sources.push_back(source.peer);
@@ -132,11 +138,19 @@ Status DeviceGroup::average_once(const AveragePlan& plan, const AverageCall& cal
     sums.outs.push_back(call.out.row(r));
   }
   device_->sum(sums, stream_);
-  if (const Status s = tell_done(sources); !s.ok()) return s;
+  if (const Status s = tell_done(sources); !s.ok()) {
+    // The sum is queued: it may read what a source that gave up has changed.
+    const bool torn = overlap(call.x, row_bytes, call.out) &&
+                      std::ranges::any_of(sources, [&](std::uint32_t p) {
+                        return group_->has_failed(p);
+                      });
+    return torn ? Status{Outcome::kTorn, s.peer} : s;
+  }
   return hear_done(plan.targets);
 }
 
 Status DeviceGroup::sum(const SumCall& call, DeviceStream stream) {
+  check(*group_, call);
   return run(call.timeout_s, stream, [&] { return sum_slices(call); });
 }
 
@@ -152,13 +166,14 @@ Status DeviceGroup::sum_slices(const SumCall& call) {
   const Rows x = copies_x ? stage(call.x, row_bytes) : call.x;
   const std::uintptr_t out = copies_out ? staged(row_bytes) : call.out;
 
+  const std::uint32_t kind = kSum | kind_bits(call.dtype);
   const std::uint32_t me = group_->process(), processes = group_->processes();
   const std::vector<std::uint32_t> peers = others();
-  if (const Status s = tell_all(peers, kSum, row_bytes, &x, out); !s.ok()) return s;
+  if (const Status s = tell_all(peers, kind, row_bytes, &x, out); !s.ok()) return s;
   std::vector<Heard> heard(processes);
   heard[me] = {x.address, x.stride_bytes, out};
   for (const std::uint32_t peer : peers) {
-    if (const Status s = hear(peer, kSum, row_bytes, &heard[peer]); !s.ok()) return s;
+    if (const Status s = hear(peer, kind, row_bytes, &heard[peer]); !s.ok()) return s;
   }
   const std::size_t lines = (call.d + kAlign - 1) / kAlign;
   const auto begin_of = [&](std::size_t p) {
@@ -190,6 +205,9 @@ Status DeviceGroup::sum_slices(const SumCall& call) {
 Status DeviceGroup::exchange(std::span<const DeviceBuffer> sends,
                              std::span<const DeviceBuffer> receives, double timeout_s,
                              DeviceStream stream) {
+  for (const auto buffers : {sends, receives}) {
+    for (const DeviceBuffer& b : buffers) group_->check_peer(b.peer);
+  }
   const auto by_peer = [](std::span<const DeviceBuffer> buffers) {
     std::map<std::uint32_t, std::vector<DeviceBuffer>> sorted;
     for (const DeviceBuffer& b : buffers) {

@@ -75,6 +75,7 @@ class DeviceGroup {
   [[nodiscard]] const Group& group() const noexcept { return *group_; }
 
  private:
+  // Those of rows with kind_bits() of the dtype.
   enum Kind : std::uint32_t { kAverage = 16, kSum = 17, kExchange = 18, kDone = 19 };
 
   struct Block {  // what the device allocated at once
@@ -92,7 +93,7 @@ class DeviceGroup {
     void* event;
     DeviceHandle handle;
     std::uint32_t id, count = 0;                                 // as record() returned
-    std::vector<std::pair<std::uint32_t, std::uint32_t>> until;  // (peer, messages consumed)
+    std::vector<std::pair<std::uint32_t, std::uint64_t>> until;  // (peer, messages consumed)
   };
   struct Opened {  // of a peer, by its ids
     std::map<std::uint32_t, std::byte*> blocks;
@@ -117,12 +118,12 @@ class DeviceGroup {
 
   Event& free_event();
   // Steps 1 and 3: `rows` and `out` in exported memory; null: none.
-  Status tell(Event& event, std::uint32_t peer, Kind kind, std::uint64_t total, const Rows* rows,
-              std::uintptr_t out);
-  Status tell_all(std::span<const std::uint32_t> peers, Kind kind, std::uint64_t total,
+  Status tell(Event& event, std::uint32_t peer, std::uint32_t kind, std::uint64_t total,
+              const Rows* rows, std::uintptr_t out);
+  Status tell_all(std::span<const std::uint32_t> peers, std::uint32_t kind, std::uint64_t total,
                   const Rows* rows, std::uintptr_t out);
   // Steps 2 and 4.
-  Status hear(std::uint32_t peer, Kind kind, std::uint64_t total, Heard* heard);
+  Status hear(std::uint32_t peer, std::uint32_t kind, std::uint64_t total, Heard* heard);
   Status hear_done(std::span<const std::uint32_t> peers);
   Status tell_done(std::span<const std::uint32_t> peers);
   // A peer whose call failed may write its rows again although they were not read.

@@ -53,7 +53,7 @@ void DeviceGroup::close() {
       for (const std::uint32_t peer : others()) {  // those who have yet to open what it names
         if (!group_->segments_[peer]) continue;
         const Channel& channel = group_->channel(group_->process(), peer);
-        const std::uint32_t count = group_->sent_[peer];
+        const std::uint64_t count = group_->sent_[peer];
         (void)group_->watch(peer, timeout_s_, [&, count] { return channel.done(count); });
       }
       try {
@@ -94,6 +94,7 @@ std::byte* DeviceGroup::take(std::size_t bytes) {
 }
 
 std::byte* DeviceGroup::allocate(std::size_t bytes, DeviceStream stream) {
+  group_->check_member();
   const std::lock_guard lock(group_->mutex_);
   std::byte* memory = take(bytes);
   // Operations may still use what was released.
@@ -103,6 +104,7 @@ std::byte* DeviceGroup::allocate(std::size_t bytes, DeviceStream stream) {
 }
 
 void DeviceGroup::release(std::byte* memory) {
+  if (group_->is_broken()) return;
   const std::lock_guard lock(memory_mutex_);
   for (Block& block : blocks_) {
     if (memory >= block.data && memory < block.data + block.bytes) {
@@ -139,11 +141,11 @@ DeviceGroup::Event& DeviceGroup::free_event() {
   return e;
 }
 
-Status DeviceGroup::tell(Event& event, std::uint32_t peer, Kind kind, std::uint64_t total,
+Status DeviceGroup::tell(Event& event, std::uint32_t peer, std::uint32_t kind, std::uint64_t total,
                          const Rows* rows, std::uintptr_t out) {
   static_assert(sizeof(Notice) <= Message::kInlineBytes);
   const Channel& channel = group_->channel(group_->process(), peer);
-  const std::uint32_t count = group_->sent_[peer];
+  const std::uint64_t count = group_->sent_[peer];
   const Status s = group_->wait(peer, timeout_s_, [&, count] { return channel.has_room(count); });
   if (!s.ok()) return s;
   Message& m = group_->next_slot(peer);
@@ -173,8 +175,8 @@ Status DeviceGroup::tell(Event& event, std::uint32_t peer, Kind kind, std::uint6
   return {};
 }
 
-Status DeviceGroup::tell_all(std::span<const std::uint32_t> peers, Kind kind, std::uint64_t total,
-                             const Rows* rows, std::uintptr_t out) {
+Status DeviceGroup::tell_all(std::span<const std::uint32_t> peers, std::uint32_t kind,
+                             std::uint64_t total, const Rows* rows, std::uintptr_t out) {
   if (peers.empty()) return {};
   Event& event = free_event();
   event.count = device_->record(event.event, stream_);
@@ -184,7 +186,8 @@ Status DeviceGroup::tell_all(std::span<const std::uint32_t> peers, Kind kind, st
   return {};
 }
 
-Status DeviceGroup::hear(std::uint32_t peer, Kind kind, std::uint64_t total, Heard* heard) {
+Status DeviceGroup::hear(std::uint32_t peer, std::uint32_t kind, std::uint64_t total,
+                         Heard* heard) {
   const Status s = group_->wait(peer, timeout_s_, [&] { return group_->has_message(peer); });
   if (!s.ok()) return s;
   if (const Status whole = still_whole({&peer, 1}); !whole.ok()) return whole;

@@ -6,7 +6,6 @@
 namespace gossamer {
 namespace {
 
-constexpr std::size_t kPieceBytes = 512 << 10;
 constexpr std::size_t kDirectBytes = 16 << 10;  // from here a copy costs more than waiting for the
                                                 // peer to read the row where it lies
 
@@ -41,7 +40,7 @@ bool Group::progress_send(Transfer& t) {
     return true;
   }
   const std::size_t piece = std::min(left, kPieceBytes);
-  std::byte* staged = stage(piece);
+  std::byte* staged = stage_piece(t.peer, piece);
   if (staged == nullptr) return false;
   std::memcpy(staged, t.data + t.moved, piece);
   message.bytes = piece;
@@ -96,17 +95,29 @@ bool Group::progress() {
 Exchange::Exchange(std::shared_ptr<Group> group, std::vector<Transfer> sends,
                    std::vector<Transfer> receives)
     : group_(std::move(group)), sends_(std::move(sends)), receives_(std::move(receives)) {
+  group_->check_member();
+  for (const auto* transfers : {&sends_, &receives_}) {
+    for (const Transfer& t : *transfers) group_->check_peer(t.peer);
+  }
   const std::lock_guard lock(group_->mutex_);
-  for (Transfer& t : receives_) group_->receives_.at(t.peer).push_back(&t);
-  for (Transfer& t : sends_) group_->sends_.at(t.peer).push_back(&t);
-  if (group_->broken_.ok()) group_->progress();
+  try {
+    for (Transfer& t : receives_) group_->receives_[t.peer].push_back(&t);
+    for (Transfer& t : sends_) group_->sends_[t.peer].push_back(&t);
+    if (group_->broken_.ok()) group_->progress();
+  } catch (...) {  // no memory: the queues must not keep what goes now
+    give_up();
+    throw;
+  }
 }
 
 Exchange::~Exchange() {
   if (group_->in_forked_child()) return;
   const std::lock_guard lock(group_->mutex_);
-  if (finished()) return;
-  // Its buffers are about to go: what the peers expect can no longer come.
+  if (!finished()) give_up();
+}
+
+// What the peers expect can no longer come.
+void Exchange::give_up() noexcept {
   group_->failed({Outcome::kStopped, group_->process_});
   const auto mine = [&](const Transfer* t) {
     const auto within = [&](const std::vector<Transfer>& all) {
@@ -136,6 +147,7 @@ std::vector<std::uint32_t> Exchange::waiting_for() const {
 }
 
 std::optional<Status> Exchange::test() {
+  group_->check_member();
   const std::lock_guard lock(group_->mutex_);
   for (const std::uint32_t peer : waiting_for()) {
     // Looked at first: what a peer sent before it ended is still taken below.
@@ -150,6 +162,7 @@ std::optional<Status> Exchange::test() {
 }
 
 Status Exchange::wait(double timeout_s) {
+  group_->check_member();
   const std::lock_guard lock(group_->mutex_);
   if (!group_->broken_.ok()) return group_->broken_;
   const auto ready = [&] {

@@ -17,13 +17,14 @@ struct Transfer {
   std::byte* data;
   std::size_t bytes;
   std::size_t moved = 0;   // so far posted, or received
-  std::uint32_t last = 0;  // sends from the arena: number of the message, to be consumed
+  std::uint64_t last = 0;  // sends from the arena: number of the message, to be consumed
   bool direct = false, done = false;
 };
 
 // A batch of transfers; the group moves it on whenever it waits for anything.
 class Exchange {
  public:
+  // Throws, with nothing sent, where a peer is none of the group or this process itself.
   Exchange(std::shared_ptr<Group> group, std::vector<Transfer> sends,
            std::vector<Transfer> receives);
   ~Exchange();  // unfinished: the group fails, as the peers would wait in vain
@@ -37,6 +38,7 @@ class Exchange {
   std::optional<Status> test();
 
  private:
+  void give_up() noexcept;  // its buffers are about to go
   [[nodiscard]] bool finished() const;
   [[nodiscard]] std::vector<std::uint32_t> waiting_for() const;
 

@@ -10,10 +10,14 @@ namespace {
 class Gather : Collective {
  public:
   using Collective::Collective;
-  Status run(const GatherCall& call);
-  Status run(const BroadcastCall& call);
+  template <typename Call>
+  Status run(const Call& call) {
+    return run_whole([&] { return copies(call); });
+  }
 
  private:
+  Status copies(const GatherCall& call);
+  Status copies(const BroadcastCall& call);
   // Sends the rows to all: in the message, from where they lie (then `direct`), or staged.
   Status send_rows(const Rows& x, std::size_t row_bytes, bool& direct);
   // The rows of the next message of `peer`, one after another, at `out`.
@@ -63,7 +67,7 @@ Status Gather::take(std::uint32_t peer, std::size_t rows, std::size_t row_bytes,
   return {};
 }
 
-Status Gather::run(const GatherCall& call) {
+Status Gather::copies(const GatherCall& call) {
   if (const Status s = settle(); !s.ok()) return s;
   if (call.row_bytes == 0) return {};
   auto* out = reinterpret_cast<std::byte*>(call.out);
@@ -78,7 +82,7 @@ Status Gather::run(const GatherCall& call) {
   return taken.ok() ? until_all_read(direct) : taken;
 }
 
-Status Gather::run(const BroadcastCall& call) {
+Status Gather::copies(const BroadcastCall& call) {
   if (const Status s = settle(); !s.ok()) return s;
   if (call.row_bytes == 0) return {};
   auto* out = reinterpret_cast<std::byte*>(call.out);
@@ -93,10 +97,12 @@ Status Gather::run(const BroadcastCall& call) {
 }  // namespace
 
 Status gather(Group& group, const GatherCall& call) {
+  check(group, call);
   return Gather(group, call.timeout_s).run(call);
 }
 
 Status broadcast(Group& group, const BroadcastCall& call) {
+  check(group, call);
   return Gather(group, call.timeout_s).run(call);
 }
 

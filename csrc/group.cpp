@@ -13,11 +13,13 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::uint64_t kMagic = 0x31726d6173736f67;  // "gossamr1"
+constexpr std::uint64_t kMagic = 0x32726d6173736f67;  // "gossamr2"
 constexpr std::uint64_t kPage = 4096;
-constexpr std::uint64_t kStagingBytes = 16 << 20;    // a few pieces of each peer's: stays in cache
-constexpr std::size_t kStagedBytes = 1 << 20;        // larger messages are staged in the arena
-constexpr auto kFarewell = std::chrono::seconds(2);  // for peers to read what they were lent
+// For collectives, and as much for the pieces of exchanges with all peers: stays in cache.
+constexpr std::uint64_t kStagingBytes = 16 << 20;
+constexpr std::uint64_t kLeastPieces = 2;      // staged for a peer: one is read, one is written
+constexpr std::size_t kStagedBytes = 1 << 20;  // larger messages are staged in the arena
+constexpr auto kFarewell = std::chrono::seconds(2);     // for peers to read what they were lent
 constexpr auto kSlice = std::chrono::milliseconds(50);  // between looks whether a peer still lives
 
 // kFailing: an operation failed, and what was lent to peers is still as it was; kFailed: no longer.
@@ -63,12 +65,17 @@ Group::Group(const JobId& job, std::uint32_t process, std::uint32_t processes, s
       lent_(processes),
       staging_begin_(round_up(sizeof(Header), kPage) +
                      round_up(processes * sizeof(Channel), kPage)),
-      staging_end_(staging_begin_ + kStagingBytes),
-      staging_next_(staging_begin_),
-      arena_(staging_end_, staging_end_ + round_up(bytes, kPage)),
+      quota_(std::max(kStagingBytes / processes / kPieceBytes, kLeastPieces) * kPieceBytes),
+      arena_begin_(staging_begin_ + kStagingBytes + processes * quota_),
+      staged_(staging_begin_, staging_begin_ + kStagingBytes),
+      arena_(arena_begin_, arena_begin_ + round_up(bytes, kPage)),
       sends_(processes),
       receives_(processes) {
-  own_ = Segment::create(label_of(job, process), staging_end_ + round_up(bytes, kPage));
+  for (std::uint32_t p = 0; p < processes; ++p) {
+    const std::uint64_t begin = staging_begin_ + kStagingBytes + p * quota_;
+    pieces_.emplace_back(begin, begin + quota_);
+  }
+  own_ = Segment::create(label_of(job, process), arena_begin_ + round_up(bytes, kPage));
   segments_.resize(processes);
   segments_[process] = own_;
   Header& own = header(process);  // new memory is zero: every counter starts at 0
@@ -95,6 +102,7 @@ void Group::attach(const std::vector<Ticket>& tickets) {
 }
 
 std::byte* Group::allocate(std::size_t bytes) {
+  check_member();
   const std::lock_guard lock(arena_mutex_);
   const auto offset = arena_.take(std::max<std::size_t>(bytes, 1));
   if (!offset) throw std::bad_alloc();
@@ -103,12 +111,13 @@ std::byte* Group::allocate(std::size_t bytes) {
 }
 
 void Group::release(std::byte* memory) {
+  if (is_broken()) return;
   const std::lock_guard lock(arena_mutex_);
   arena_.give_back(offset_of(memory));
 }
 
 bool Group::owns(std::uintptr_t address, std::size_t bytes) const noexcept {
-  const auto begin = reinterpret_cast<std::uintptr_t>(own_->data()) + staging_end_;
+  const auto begin = reinterpret_cast<std::uintptr_t>(own_->data()) + arena_begin_;
   const auto end = reinterpret_cast<std::uintptr_t>(own_->data()) + own_->size();
   return address >= begin && address + bytes <= end;
 }
@@ -123,7 +132,25 @@ void Group::close() {
   }
 }
 
-bool Group::in_forked_child() const noexcept { return own_->ticket().pid != getpid(); }
+bool Group::in_forked_child() const noexcept { return own_->ticket().pid != process_id(); }
+
+void Group::check_member() const {
+  if (in_forked_child()) {
+    throw std::runtime_error(
+        "this process was forked from a member of the group and is none: it must not call it");
+  }
+}
+
+void Group::check_peer(std::uint32_t peer) const {
+  if (peer >= processes_) {
+    throw std::out_of_range("process " + std::to_string(peer) + " is none of the " +
+                            std::to_string(processes_) + " of this group");
+  }
+  if (peer == process_) {
+    throw std::invalid_argument("process " + std::to_string(peer) +
+                                " cannot exchange messages with itself");
+  }
+}
 
 Group::Header& Group::header(std::uint32_t process) const noexcept {
   return *reinterpret_cast<Header*>(segments_[process]->data());
@@ -145,58 +172,56 @@ void Group::consume(std::uint32_t peer) noexcept {
 }
 
 void Group::report(std::uint32_t peer, std::size_t pieces) noexcept {
-  std::atomic<std::uint32_t>& read = channel(peer, process_).read;
-  const auto before = read.load(std::memory_order_relaxed);  // this process's own count
-  read.store(before + static_cast<std::uint32_t>(pieces), std::memory_order_seq_cst);
+  std::atomic<std::uint64_t>& read = channel(peer, process_).read;
+  const std::uint64_t before = read.load(std::memory_order_relaxed);  // this process's own count
+  read.store(before + pieces, std::memory_order_seq_cst);
   header(peer).bell.ring();
 }
 
 // --- staging ---------------------------------------------------------------------------------
 
-std::byte* Group::stage(std::size_t bytes) noexcept {
-  const auto read = [&](const Staged& part) {
-    return std::ranges::all_of(
-        part.until, [&](const auto& u) { return channel(process_, u.first).done(u.second); });
-  };
+bool Group::is_read(const Staged& part) const noexcept {
+  return std::ranges::all_of(
+      part.until, [&](const auto& u) { return channel(process_, u.first).done(u.second); });
+}
+
+std::byte* Group::stage(std::size_t bytes) {
+  const auto read = [&](const Staged& part) { return is_read(part); };
   const std::uint64_t size = round_up(bytes, 64);
-  if (size > kStagedBytes) {
-    const std::lock_guard lock(arena_mutex_);
-    while (!parked_.empty() && read(parked_.front())) {
-      arena_.give_back(parked_.front().begin);
-      parked_.pop_front();
-    }
-    const auto begin = arena_.take(size);
-    if (!begin) return nullptr;
-    newest_ = &parked_.emplace_back(Staged{*begin, *begin + size, {}});
-    return at(process_, *begin);
+  if (size <= kStagedBytes) {
+    newest_ = staged_.take(size, read);
+    return newest_ == nullptr ? nullptr : at(process_, newest_->begin);
   }
-  while (!staged_.empty() && read(staged_.front())) staged_.pop_front();
-  if (staged_.empty()) staging_next_ = staging_begin_;
-  // In use: from the front part's begin up to staging_next_, around the end.
-  const bool wrapped = !staged_.empty() && staging_next_ <= staged_.front().begin;
-  const std::uint64_t limit = wrapped ? staged_.front().begin : staging_end_;
-  if (staging_next_ + size > limit) {
-    if (wrapped || staged_.empty() || staging_begin_ + size > staged_.front().begin) return nullptr;
-    staging_next_ = staging_begin_;
-  }
-  newest_ = &staged_.emplace_back(Staged{staging_next_, staging_next_ + size, {}});
-  staging_next_ += size;
-  return at(process_, newest_->begin);
+  const std::lock_guard lock(arena_mutex_);
+  std::erase_if(parked_, [&](const Staged& part) {
+    const bool free = read(part);
+    if (free) arena_.give_back(part.begin);
+    return free;
+  });
+  const auto begin = arena_.take(size);
+  if (!begin) return nullptr;
+  newest_ = &parked_.emplace_back(Staged{*begin, *begin + size, {}});
+  return at(process_, *begin);
 }
 
-void Group::stage_until(std::uint32_t peer) noexcept {
-  newest_->until.emplace_back(peer, sent_[peer]);
+std::byte* Group::stage_piece(std::uint32_t peer, std::size_t bytes) {
+  newest_ = pieces_[peer].take(round_up(bytes, 64), [&](const Staged& p) { return is_read(p); });
+  return newest_ == nullptr ? nullptr : at(process_, newest_->begin);
 }
 
-std::uint32_t Group::oldest_reader() const noexcept {
-  for (const auto* parts : {&staged_, &parked_}) {
-    for (const Staged& part : *parts) {
-      for (const auto& [peer, count] : part.until) {
-        if (!channel(process_, peer).done(count)) return peer;
+void Group::stage_until(std::uint32_t peer) { newest_->until.emplace_back(peer, sent_[peer]); }
+
+std::optional<std::pair<std::uint32_t, std::uint64_t>> Group::unread() const noexcept {
+  const auto of = [&](const auto& parts) -> std::optional<std::pair<std::uint32_t, std::uint64_t>> {
+    for (const Staged& part : parts) {
+      for (const auto& u : part.until) {
+        if (!channel(process_, u.first).done(u.second)) return u;
       }
     }
-  }
-  return process_;
+    return std::nullopt;
+  };
+  const auto staged = of(staged_.parts());
+  return staged ? staged : of(parked_);
 }
 
 // --- waiting ---------------------------------------------------------------------------------
@@ -206,6 +231,11 @@ Outcome Group::state_of(std::uint32_t peer) const noexcept {
   if (state == kClosed) return Outcome::kLeft;
   if (state == kFailing || state == kFailed) return Outcome::kStopped;
   return segments_[peer]->owner_alive() ? Outcome::kOk : Outcome::kLost;
+}
+
+bool Group::is_broken() const noexcept {
+  const std::uint32_t state = header(process_).state.load(std::memory_order_acquire);
+  return state == kFailing || state == kFailed;
 }
 
 bool Group::has_failed(std::uint32_t peer) const noexcept {
@@ -239,6 +269,8 @@ Status Group::failed(Status status) noexcept {
     if (p != process_) wait_until(header(process_).bell, patience_, kSlice, read, stop);
   }
   say(kFailed);
+  // Whoever sees what is written here from now on sees that this process failed, too.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
   return status;
 }
 

@@ -1,7 +1,9 @@
 // The processes of a job on one host, and messages between them through shared memory.
 //
-// Each process owns a segment: a header with its bell, a channel to every other process, a staging
-// area for messages on their way, and an arena in which rows live that peers read without a copy.
+// Each process owns a segment: a header with its bell, a channel to every other process, staging
+// areas for messages on their way, and an arena in which rows live that peers read without a copy.
+// Collectives share a staging area; exchanges have one for each peer, so that a peer that does not
+// receive yet holds up no message to another.
 // Every operation waits for the peers it exchanges with, and for no others.
 #pragma once
 
@@ -19,6 +21,7 @@
 #include "channel.h"
 #include "event.h"
 #include "segment.h"
+#include "staging.h"
 
 namespace gossamer {
 
@@ -30,6 +33,7 @@ enum class Outcome : int {
   kStopped = 4,   // an operation of its own failed
   kMismatch = 5,  // it is in another operation, or its message has another size
   kNoMemory = 6,  // this process's shared memory is used up
+  kTorn = 7,      // a peer failed in the middle: a row given in place is partly averaged
 };
 
 struct Status {
@@ -57,6 +61,7 @@ class Group : public std::enable_shared_from_this<Group> {
 
   // Zeroed memory that peers read without a copy. Throws std::bad_alloc.
   std::byte* allocate(std::size_t bytes);
+  // After a failure it is not handed out again: peers that are late may still write there.
   void release(std::byte* memory);
   [[nodiscard]] bool owns(std::uintptr_t address, std::size_t bytes) const noexcept;
 
@@ -66,16 +71,20 @@ class Group : public std::enable_shared_from_this<Group> {
   [[nodiscard]] std::uint32_t process() const noexcept { return process_; }
   [[nodiscard]] std::uint32_t processes() const noexcept { return processes_; }
 
+  // Throws where `peer` is no other process of this group.
+  void check_peer(std::uint32_t peer) const;
+  // A failure has ended this group. For any thread, at any time.
+  [[nodiscard]] bool is_broken() const noexcept;
+  // Throws in a forked child, which would write into its parent's channels.
+  void check_member() const;
+
  private:
   friend class Exchange;
   friend class Collective;
   friend class DeviceGroup;
 
   struct Header;
-  struct Staged {  // a part of the segment, free when all its messages are consumed
-    std::uint64_t begin, end;
-    std::vector<std::pair<std::uint32_t, std::uint32_t>> until;  // (peer, messages consumed)
-  };
+  static constexpr std::size_t kPieceBytes = 512 << 10;  // of an exchange's message
 
   // A child that this process forked, a data loader's worker say, shares the memory but is no
   // member: what it drops at its end stays open.
@@ -104,11 +113,17 @@ class Group : public std::enable_shared_from_this<Group> {
   void consume(std::uint32_t peer) noexcept;
   void report(std::uint32_t peer, std::size_t pieces) noexcept;
 
-  // Memory for a message, or nullptr while older ones are still being read: from the staging area,
-  // which stays in cache; large ones from the arena.
-  std::byte* stage(std::size_t bytes) noexcept;
-  void stage_until(std::uint32_t peer) noexcept;  // the part staged last: until its last message
-  [[nodiscard]] std::uint32_t oldest_reader() const noexcept;
+  // Memory for a message, or nullptr while older ones are still being read: from the staging area
+  // of collectives, which stays in cache; large ones from the arena.
+  std::byte* stage(std::size_t bytes);
+  // Likewise for a piece of an exchange with `peer`, from what is staged for that peer alone.
+  std::byte* stage_piece(std::uint32_t peer, std::size_t bytes);
+  void stage_until(std::uint32_t peer);  // the part staged last: until its last message
+  // A message that keeps a part from being free, as what Channel::done() is asked: the peer and how
+  // many it must have consumed. Whoever waits for a change of the counter instead, and reads the
+  // counter first after this look, may have missed the last one.
+  [[nodiscard]] std::optional<std::pair<std::uint32_t, std::uint64_t>> unread() const noexcept;
+  [[nodiscard]] bool is_read(const Staged& part) const noexcept;
 
   // Waits for what depends on `peer`. Failures are final: the group is told, so that all stop.
   template <typename Ready>
@@ -138,12 +153,14 @@ class Group : public std::enable_shared_from_this<Group> {
   Patience patience_;
   std::shared_ptr<Segment> own_;
   std::vector<std::shared_ptr<Segment>> segments_;
-  std::vector<std::uint32_t> sent_, taken_;  // messages per peer
-  std::vector<std::uint32_t> asked_;         // pieces to be read, per peer, before this operation
-  std::vector<std::uint32_t> lent_;          // per peer, the messages up to the last that points to
+  std::vector<std::uint64_t> sent_, taken_;  // messages per peer
+  std::vector<std::uint64_t> asked_;         // pieces to be read, per peer, before this operation
+  std::vector<std::uint64_t> lent_;          // per peer, the messages up to the last that points to
                                              // rows of the caller's, where they lie
-  std::uint64_t staging_begin_, staging_end_, staging_next_;
-  std::deque<Staged> staged_, parked_;  // in the staging area, in the arena
+  std::uint64_t staging_begin_, quota_, arena_begin_;  // `quota_` bytes are staged for each peer
+  StagingRing staged_;                                 // of collectives
+  std::vector<StagingRing> pieces_;                    // of exchanges, per peer
+  std::vector<Staged> parked_;                         // in the arena
   Staged* newest_ = nullptr;
   Arena arena_;
   std::vector<std::deque<Transfer*>> sends_, receives_;  // per peer, in order

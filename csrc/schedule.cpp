@@ -6,10 +6,11 @@
 namespace gossamer {
 namespace {
 
-constexpr std::ptrdiff_t kNone = -1;
+constexpr std::ptrdiff_t kNone = -1, kPart = -2;
 
-// The output whose row is exactly `row`, or kNone.
+// The output whose row is exactly `row`, kPart where it overlaps one in part, or kNone.
 std::ptrdiff_t output_at(const Rows& out, std::uintptr_t row, std::size_t row_bytes) {
+  if (out.count == 0) return kNone;
   const std::uintptr_t end = out.row(out.count - 1) + row_bytes;
   if (row + row_bytes <= out.address || row >= end) return kNone;
   const std::size_t stride = out.count > 1 ? out.stride_bytes : row_bytes;
@@ -20,17 +21,33 @@ std::ptrdiff_t output_at(const Rows& out, std::uintptr_t row, std::size_t row_by
     if (r < 0 || r >= static_cast<std::ptrdiff_t>(out.count)) continue;
     const auto apart = offset - r * static_cast<std::ptrdiff_t>(stride);
     if (apart == 0) return r;
-    if (std::abs(apart) < static_cast<std::ptrdiff_t>(row_bytes)) {
-      throw std::invalid_argument("an output row overlaps a source row in part");
-    }
+    if (std::abs(apart) < static_cast<std::ptrdiff_t>(row_bytes)) return kPart;
   }
   return kNone;
 }
 
 }  // namespace
 
+Overlap overlap_of(const Rows& sources, const Rows& out, std::size_t row_bytes) {
+  Overlap found = Overlap::kNone;
+  if (!overlap(sources, row_bytes, out)) return found;
+  for (std::size_t r = 0; r < sources.count; ++r) {
+    const std::ptrdiff_t output = output_at(out, sources.row(r), row_bytes);
+    if (output == kPart) return Overlap::kPart;
+    if (output != kNone) found = Overlap::kWhole;
+  }
+  return found;
+}
+
+void check_outputs(const Rows& out, std::size_t row_bytes) {
+  if (out.count > 1 && out.stride_bytes < row_bytes) {
+    throw std::invalid_argument("output rows overlap each other");
+  }
+}
+
 Schedule::Schedule(const WeightedSum& job) {
   const std::size_t num_out = job.out.count, row_bytes = job.d * size_bytes(job.dtype);
+  check_outputs(job.out, row_bytes);
   std::vector<std::uintptr_t> table;
   for (const Rows& block : job.blocks) {
     for (std::size_t r = 0; r < block.count; ++r) table.push_back(block.row(r));
@@ -42,6 +59,9 @@ Schedule::Schedule(const WeightedSum& job) {
   std::vector<std::ptrdiff_t> output_of(table.size());
   for (std::size_t q = 0; q < table.size(); ++q) {
     output_of[q] = output_at(job.out, table[q], row_bytes);
+    if (output_of[q] == kPart) {
+      throw std::invalid_argument("an output row overlaps a source row in part");
+    }
     in_place |= output_of[q] != kNone;
   }
 

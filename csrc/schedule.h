@@ -14,6 +14,14 @@ struct Term {
   double weight;
 };
 
+// How rows that are read lie to rows that are written: apart, some of them the same, or some of
+// them the same in part, where no order of reading and writing could give the right sums.
+enum class Overlap { kNone, kWhole, kPart };
+Overlap overlap_of(const Rows& sources, const Rows& out, std::size_t row_bytes);
+
+// Throws std::invalid_argument where output rows overlap each other.
+void check_outputs(const Rows& out, std::size_t row_bytes);
+
 // Outputs are computed in ascending order. One whose row is still to be read by a later output
 // waits in a slot of scratch and is stored after that output.
 struct Schedule {

@@ -2,11 +2,13 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <map>
 #include <mutex>
@@ -50,7 +52,17 @@ std::map<std::int64_t, std::weak_ptr<Segment>>& own_segments() {
   return segments;
 }
 
+std::atomic<std::int64_t> known_pid{0};  // 0: to be asked for
+
 }  // namespace
+
+std::int64_t process_id() noexcept {
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { known_pid.store(0, std::memory_order_relaxed); });
+  std::int64_t pid = known_pid.load(std::memory_order_relaxed);
+  if (pid == 0 || registered != 0) known_pid.store(pid = getpid(), std::memory_order_relaxed);
+  return pid;
+}
 
 std::shared_ptr<Segment> Segment::create(const std::string& label, std::size_t bytes) {
   File file(memfd_create(label.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
@@ -63,7 +75,7 @@ std::shared_ptr<Segment> Segment::create(const std::string& label, std::size_t b
   std::shared_ptr<Segment> segment(new Segment());
   segment->data_ = map(file.fd, bytes);
   segment->fd_ = file.release();
-  segment->ticket_ = {getpid(), segment->fd_, bytes};
+  segment->ticket_ = {process_id(), segment->fd_, bytes};
   const std::lock_guard lock(own_mutex);
   own_segments()[segment->fd_] = segment;
   return segment;
@@ -71,7 +83,7 @@ std::shared_ptr<Segment> Segment::create(const std::string& label, std::size_t b
 
 std::shared_ptr<Segment> Segment::attach(const Ticket& ticket) {
   const std::string owner = "process " + std::to_string(ticket.pid);
-  if (ticket.pid == getpid()) {
+  if (ticket.pid == process_id()) {
     const std::lock_guard lock(own_mutex);
     if (auto segment = own_segments()[ticket.fd].lock()) return segment;
     throw std::runtime_error(owner + " has closed its shared memory");

@@ -18,6 +18,9 @@ struct Ticket {
   std::uint64_t bytes;
 };
 
+// getpid(), without a system call.
+[[nodiscard]] std::int64_t process_id() noexcept;
+
 // Memory from memfd_create: it has no name in any file system, does not count against the size of
 // /dev/shm, and the kernel frees it when the last process that maps it is gone, however it ended.
 class Segment {

@@ -160,6 +160,7 @@ Status Participant::average(std::uint64_t k) {
   const Status status = gossamer::average(*group_, plan_of(job_, graph, process_), call);
   const std::string what = "average " + text_of(k) + ", d " + text_of(d);
   if (!status.ok()) {
+    if (status.outcome == Outcome::kTorn && !apart) return status;
     const bool untouched = std::ranges::all_of(std::views::iota(0u, local), [&](std::uint32_t r) {
       return row_bytes == 0 || std::memcmp(x.row(r), given[first + r].data(), row_bytes) == 0;
     });

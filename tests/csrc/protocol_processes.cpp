@@ -177,7 +177,9 @@ void kill_one(std::uint64_t seed) {
       wrong(job, "process " + std::to_string(p) + " crashed");
     }
     const bool lost = status.outcome == Outcome::kLost && status.peer == victim;
-    const bool stopped = status.outcome == Outcome::kStopped && status.peer != victim;
+    const bool stopped =
+        (status.outcome == Outcome::kStopped || status.outcome == Outcome::kTorn) &&
+        status.peer != victim;
     // One that was told of the failure and has ended has left its group.
     const bool left_after =
         (status.outcome == Outcome::kLeft || status.outcome == Outcome::kLost) &&

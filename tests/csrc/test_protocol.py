@@ -93,3 +93,11 @@ def test_processes_have_the_serial_bits_and_leave_nothing(programs, seed):
 def test_a_process_killed_at_any_instant_stops_the_others_and_spoils_nothing(programs, seed):
     program = programs["address"] / "protocol_processes"
     assert run(program, "kill", seed, 20) == "20 kills\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_an_operation_that_throws_ends_its_group(programs, sanitizer):
+    program = programs[sanitizer] / "protocol_failures"
+    assert run(program, prefix=plain_addresses()) == "done\n"

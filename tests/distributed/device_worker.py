@@ -124,22 +124,15 @@ def pipeline(n, seed, operations):
         memory.copy(y, full_y[here])
         if kind == "average":
             plan = plan_exchange(stacked.topology.round(t), placement, process)
-            pair = (-0.3, out if axpy < 0.2 else y) if axpy < 0.6 else None
-            if axpy < 0.2 and not in_place:
+            aliased = axpy < 0.2 and rounds == 1  # in several rounds it is refused
+            pair = (-0.3, out if aliased else y) if axpy < 0.6 else None
+            if aliased and not in_place:
                 memory.copy(out, full_y[here])
             status = memory.average(memory.prepare(plan), x, out, pair, rounds, 30.0)
             full_pair = None
             if pair:
-                full_pair = (-0.3, full if in_place and axpy < 0.2 else full_y)
-            if pair and rounds > 1 and axpy < 0.2:
-                # out is what the rounds before left, as the stacked communicator has it too
-                stacked_out = full.clone() if in_place else full_y.clone()
-                stacked_x = stacked_out if in_place else full
-                expected = stacked.neighbor_average(
-                    stacked_x, out=stacked_out, axpy=(-0.3, stacked_out), rounds=rounds
-                )
-            else:
-                expected = stacked.neighbor_average(full, axpy=full_pair, rounds=rounds)
+                full_pair = (-0.3, full if in_place and aliased else full_y)
+            expected = stacked.neighbor_average(full, axpy=full_pair, rounds=rounds)
             result, expected = out, expected[here]
         elif kind == "sum":
             result = out[:1]

@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import secrets
+import signal
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -74,6 +76,38 @@ class Rank:
         self.shared.check(exchange.wait(timeout_s), "exchange", timeout_s)
         out.copy_(torch.stack([x, *received]).mean(0))
 
+    def once(self, operation, d, timeout_s, stops=False):
+        """Run an operation on long rows; return its status. Or stop where the result appears."""
+        import torch
+
+        x = self.shared.alloc(1, d, torch.float32).fill_(self.shared.process + 1)
+        out = self.shared.alloc(1, d, torch.float32)
+        if operation == "average in place":
+            out = x
+        watched, before = out.numpy(), float(out[0, 0])
+
+        def stop():
+            while watched[0, 0] == before:
+                pass
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        if stops:
+            threading.Thread(target=stop, daemon=True).start()
+        if operation == "sum":
+            status = self.shared.sum(x, out, [1] * self.shared.processes, 1.0, timeout_s)
+        else:
+            status = self.shared.average(self.plan, x, out, None, 1, timeout_s)
+        self.out = out
+        return status
+
+    def values(self):
+        """Return what the result of ``once`` holds, and how often."""
+        values, counts = self.out.unique(return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+    def fill(self, value):
+        self.out.fill_(value)
+
     def fork_a_child_that_leaves(self):
         pid = os.fork()
         if pid == 0:
@@ -142,6 +176,15 @@ class Crew:
 
     def signal(self, p, number):
         os.kill(self.members[p][0].pid, number)
+
+    def until_stopped(self, p, seconds=60):
+        """Wait until process p has stopped; say whether it had not answered yet."""
+        stat = Path(f"/proc/{self.members[p][0].pid}/stat")
+        deadline = time.monotonic() + seconds
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, f"process {p} does not stop"
+            time.sleep(0.01)
+        return not self.members[p][1].poll()
 
     def __enter__(self):
         return self

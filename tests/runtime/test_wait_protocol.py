@@ -131,11 +131,32 @@ def fan_in(wrong=()):
     return [receiver, *senders]
 
 
+def reuse(wrong=()):
+    """Process 0 waits for memory to stage in: until process 1 has read what lies there."""
+    sender, reader = Steps(0, wrong), Steps(1, wrong)
+    free, late = sender.new_label(), sender.new_label() + " late"
+    sender.post(1, 0, 1)
+    sender.when("consumed 01", ">=", 1, free)  # the search for a part that is not read
+    if "waits for a change after the look" in wrong:
+        sender.when("consumed 01", ">=", 1, late)  # the counter that is to change
+        sender.until_read(1, 1)
+        sender.jump(free)
+        sender.label(late)
+        sender.until_read(1, 2)
+    else:
+        sender.until_read(1, 1)
+    sender.label(free)
+    sender.write_row(0, 2)
+    reader.take(0, 0, 1)
+    return [sender, reader]
+
+
 SCENARIOS = {
     "a stream through one slot": lambda **k: stream(3, 1, **k),
     "a stream through two slots": lambda **k: stream(3, 2, **k),
     "rows swapped in place": lambda **k: swap(2, **k),
     "two senders, one bell": lambda **k: fan_in(**k),
+    "memory staged again": lambda **k: reuse(**k),
 }
 
 
@@ -169,6 +190,12 @@ MISTAKES = {
 def test_each_step_of_the_protocol_is_needed(mistake, buffered):
     with pytest.raises(Violation, match=MISTAKES[mistake]):
         Explorer(stream(2, 1, wrong=(mistake,)), buffered=buffered)
+
+
+@pytest.mark.parametrize("buffered", [False, True], ids=["sequential", "store buffers"])
+def test_whoever_waits_for_memory_names_the_message_it_waits_for(buffered):
+    with pytest.raises(Violation, match="waits for ever"):
+        Explorer(reuse(wrong=("waits for a change after the look",)), buffered=buffered)
 
 
 @pytest.mark.parametrize("what", ["posted", "consumed", "sleeping"])
