@@ -61,7 +61,7 @@ class Calls {
       if (rounds != 1 || !fits(added, local_) || !alike(*from, *added)) return kNotHere;
       call.addend = gossamer::Rows{added->address, local_, added->stride};
     }
-    if (rounds < 1) return kNotHere;
+    if (rounds < 1 || plan.degree.size() != local_) return kNotHere;
     const std::int64_t status = run([&] { return gossamer::average(*group_, plan, call); });
     const auto bytes = static_cast<std::int64_t>(from->width * from->element_bytes);
     for (std::size_t i = 0; i < local_; ++i) {

@@ -140,10 +140,9 @@ Status DeviceGroup::average_once(const AveragePlan& plan, const AverageCall& cal
   device_->sum(sums, stream_);
   if (const Status s = tell_done(sources); !s.ok()) {
     // The sum is queued: it may read what a source that gave up has changed.
-    const bool torn = overlap(call.x, row_bytes, call.out) &&
-                      std::ranges::any_of(sources, [&](std::uint32_t p) {
-                        return group_->has_failed(p);
-                      });
+    const bool torn =
+        overlap(call.x, row_bytes, call.out) &&
+        std::ranges::any_of(sources, [&](std::uint32_t p) { return group_->has_failed(p); });
     return torn ? Status{Outcome::kTorn, s.peer} : s;
   }
   return hear_done(plan.targets);

@@ -70,6 +70,7 @@ class Group : public std::enable_shared_from_this<Group> {
 
   [[nodiscard]] std::uint32_t process() const noexcept { return process_; }
   [[nodiscard]] std::uint32_t processes() const noexcept { return processes_; }
+  [[nodiscard]] bool shares_cores() const noexcept { return patience_.yields > 0; }
 
   // Throws where `peer` is no other process of this group.
   void check_peer(std::uint32_t peer) const;

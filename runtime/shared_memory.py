@@ -256,6 +256,8 @@ class SharedMemory:
             2: "is gone",
             3: "has left the run",
             4: "stopped after a failure of its own",
+            7: "stopped in the middle; rows averaged in place are partly averaged: take them from "
+            "a checkpoint",
         }[outcome]
         raise PeerLost(f"{operation}: process {peer} {reason} (native)")
 

@@ -42,6 +42,7 @@ def mean_plan(me, n, local=1):
         np.arange(local + 1) * terms,
         np.tile(np.arange(terms), local),
         np.full(local * terms, 1 / terms),
+        np.full(local, len(peers)),
     )
 
 
@@ -80,8 +81,8 @@ def assert_works(made, local=1):
 # --- peers, roots and counts ----------------------------------------------------------------------
 
 
-def terms(own_weight=1.0):
-    return np.array([0, 1]), np.array([0]), np.array([own_weight])
+def terms(own_weight=1.0, column=0):
+    return np.array([0, 1]), np.array([column]), np.array([own_weight]), np.array([1])
 
 
 BAD_CALLS = {
@@ -110,7 +111,9 @@ BAD_CALLS = {
     ),
     "a term outside the table": lambda g, x: average(
         g,
-        AveragePlan.create([1], [0], 1, [], np.array([0, 1]), np.array([4]), np.array([1.0])),
+        AveragePlan.create(
+            [1], [0], 1, [], np.array([0, 1]), np.array([4]), np.array([1.0]), np.array([1])
+        ),
         x,
         x,
     ),
