@@ -333,6 +333,7 @@ def _agree(comm: RankGroup, failure: OSError | None, partial: Path) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.touch(mode=0o600)  # before anything is in it: a private run's keys are
     save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, path)
     _sync([path])
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.runtime.native import DTYPES, Terms, weighted_sum
+from gossamer.runtime.native import DTYPES, Calls, Terms, weighted_sum
 from gossamer.runtime.placement import Placement
 from gossamer.runtime.relay import relay_steps
 from gossamer.runtime.shared_memory import counts_of
@@ -69,10 +69,10 @@ class RankGroup:
             lambda row: np.eye(1, self.local, row, dtype=np.int64)[0]
         )
         self._scratch_rows: dict[torch.dtype, Tensor] = {}
-        calls = self._host_memory and self._host_memory.calls(self._counts)
-        if calls is not None:
-            self.traffic.take = calls.take
-        self._calls = calls
+        self._calls: Calls | None = None
+        if self._host_memory is not None:
+            self._calls = self._host_memory.calls(self._counts)
+            self.traffic.take = self._calls.take
         self._last: Pending[Any] | None = None
 
     # --- collectives ------------------------------------------------------------------------

@@ -168,9 +168,6 @@ class DeviceMemory(SharedMemory):
             out.copy_(x.view_as(out))
         return status
 
-    def calls(self, counts: Sequence[int]) -> None:  # type: ignore[override]
-        """Return nothing: a launch costs more than Python's checks."""
-
     def try_out(self, timeout_s: float) -> None:
         """Sum a row over all processes, to see that each can reach the others' memory.
 

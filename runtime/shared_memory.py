@@ -220,7 +220,7 @@ class SharedMemory:
         at = 0 if x is None else x.data_ptr()
         return self._group.broadcast(at, root, out.data_ptr(), out.nbytes, timeout_s)
 
-    def calls(self, counts: Sequence[int]) -> Calls | None:
+    def calls(self, counts: Sequence[int]) -> Calls:
         """Return the collectives for a communicator with so many rows in each process.
 
         They take tensors and count for themselves; -1 where a call is not theirs to make.
