@@ -50,6 +50,7 @@ class Evaluator:
         examples: int | None = None,
         per_rank: bool = True,
         rank_grad_norm: bool = False,
+        training: bool = True,
         chunk: int = 512,
         seed: int = 0,
     ) -> None:
@@ -67,6 +68,8 @@ class Evaluator:
                 costs more than most runs; 1,024 of a stream.
             per_rank: evaluate every rank's own row too.
             rank_grad_norm: compute the gradient of f at every rank's row too: n times the work.
+            training: also what comes of the training examples; where False, and there is no test
+                set, only the consensus is left.
             chunk: examples of one forward pass at most.
             seed: of a stream's examples, which differ from those of the training.
         """
@@ -77,6 +80,7 @@ class Evaluator:
         self._per_token = problem.weigh is not Problem.weigh
         self._examples = examples or (_TEXT_EXAMPLES if self._per_token else None)
         self._chunk = chunk
+        self._training = training
         self._per_rank, self._rank_grad_norm = per_rank, rank_grad_norm
         self._stream_seed = derive_key(seed, "evaluation")
         self._score_names: list[str] = []
@@ -107,20 +111,32 @@ class Evaluator:
         with self._evaluating():
             self._bind_mean_buffers()
             mean = comm.all_reduce(x, op="mean", count=False)
-            figures, grad_norm = self._objective_at(mean)
-            figures |= {"grad_norm": grad_norm, "consensus": self._distance(x, mean)}
-            if self._rank_grad_norm:
+            figures = {"consensus": self._distance(x, mean)}
+            if self._training:
+                found, grad_norm = self._objective_at(mean)
+                figures |= {**found, "grad_norm": grad_norm}
+            if self._training and self._rank_grad_norm:
                 rows = comm.all_gather(x, count=False)
                 norms = [self._objective_at(row[None])[1] for row in rows]
                 figures["rank_grad_norm"] = sum(norms) / comm.n
             if problem.test is not None:
                 figures |= self._test_at(problem.test, mean)
-            if self._per_rank:
+            if self._per_rank and (self._training or problem.test is not None):
                 figures |= self._by_rank(x)
-        if self._per_token:
-            nats = figures.get("test_loss", figures["loss"])
+        nats = figures.get("test_loss", figures.get("loss"))
+        if self._per_token and nats is not None:
             figures["perplexity"] = torch.tensor(nats, dtype=torch.float64).exp().item()
         return figures
+
+    @property
+    def training_names(self) -> set[str]:
+        """The figures that come of the training examples."""
+        names = {"loss", "grad_norm", "rank_grad_norm"}
+        if self._problem.test is None:
+            scores = {"loss", *self._score_names}
+            names |= {"perplexity", *scores}
+            names |= {f"{where}{name}" for where in ("rank_", "worst_rank_") for name in scores}
+        return names
 
     # --- figures ----------------------------------------------------------------------------
 

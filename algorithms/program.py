@@ -50,9 +50,11 @@ class TrainingProgram:
             ConfigError: the task and the oracle do not fit.
         """
         self.comm, self.problem, self.oracle, self.algorithm = comm, problem, oracle, algorithm
+        oracle.adapt(algorithm)
         plan = oracle.setup(comm, problem)
         self.layout = oracle.layout
         self.rounds_per_step = algorithm.rounds_per_step
+        self._figures = oracle.training_figures
         self._sampler = Sampler(problem, plan, comm.ranks, comm.seed.value)
         self._evaluator_options = dict(evaluator_options or {})
 
@@ -73,8 +75,11 @@ class TrainingProgram:
             for s, view in zip(self.layout.slices, self.layout.views(x[0]), strict=True):
                 view.copy_(parameters[s.name])
             x[:] = x[0].clone()
+        oracle.start(comm.steps, self.algorithm.batches_per_step)
         self.state = self.algorithm.init(comm, oracle, x, self._batches())
-        self._evaluator = Evaluator(comm, oracle, problem, **self._evaluator_options)
+        training = self._figures != "hidden"
+        options = self._evaluator_options
+        self._evaluator = Evaluator(comm, oracle, problem, training=training, **options)
         return self
 
     def step(self) -> Metrics:
@@ -82,12 +87,24 @@ class TrainingProgram:
 
         The loss on a batch is called ``batch_loss``: ``loss`` is the objective, of ``evaluate``.
         """
-        figures = self.algorithm.step(self.comm, self.oracle, self.state, self._batches())
-        return {"batch_loss" if k == "loss" else k: value for k, value in figures.items()}
+        figures = dict(self.algorithm.step(self.comm, self.oracle, self.state, self._batches()))
+        if self._figures != "hidden" and "loss" in figures:
+            figures[self._marked("batch_loss")] = figures["loss"]
+        figures.pop("loss", None)
+        return figures
 
     def evaluate(self) -> Mapping[str, float]:
-        """Return loss, accuracy, gradient norm and consensus of the whole run."""
-        return self._evaluator.evaluate(self.state.x)
+        """Return loss, accuracy, gradient norm and consensus of the whole run.
+
+        Where privacy hides figures of the training examples, only those of the parameters and of
+        the test set; where it marks them, their names begin with ``nonprivate_``.
+        """
+        figures = self._evaluator.evaluate(self.state.x)
+        training = self._evaluator.training_names
+        return {self._marked(k) if k in training else k: value for k, value in figures.items()}
+
+    def _marked(self, name: str) -> str:
+        return f"nonprivate_{name}" if self._figures == "marked" else name
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Scalar]]:
         """Return the algorithm's and the oracle's state."""

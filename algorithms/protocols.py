@@ -19,13 +19,16 @@ from gossamer.algorithms.conditions import require_doubly_stochastic
 from gossamer.algorithms.schedules import scheduled
 from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.component import Component
+from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import RowLayout, combine
 from gossamer.topologies import Topology
 
 __all__ = [
+    "PLAIN",
     "Algorithm",
     "Batch",
     "Batches",
+    "Clip",
     "DataPlan",
     "Dataset",
     "Directions",
@@ -33,10 +36,13 @@ __all__ = [
     "Metrics",
     "Optimizer",
     "Oracle",
+    "OracleWrapper",
+    "Origin",
     "Problem",
     "State",
     "Stream",
     "Task",
+    "TrainingFigures",
 ]
 
 Metrics = Mapping[str, Tensor | float]
@@ -95,11 +101,17 @@ class DataPlan:
         sampling: ``shuffle`` (epochs without replacement), ``replacement``, ``poisson`` (each
             example by its own coin) or ``full`` (the whole shard, ``batch_size`` ignored).
         indices: whether batches carry the examples' places in the dataset.
+        rate: probability of an example under ``poisson``, the same on every rank; None:
+            ``batch_size`` over the length of the rank's shard.
+        seed_of: rank -> seed of its coins under ``poisson``, where they must stay secret; asked
+            for at every draw. None: the run's seed.
     """
 
     batch_size: int
     sampling: Literal["shuffle", "replacement", "poisson", "full"] = "shuffle"
     indices: bool = False
+    rate: float | None = None
+    seed_of: Callable[[int], int] | None = None
 
 
 Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
@@ -170,6 +182,23 @@ class Directions(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What is known about a gradient beyond its values, for the optimizer that takes it.
+
+    Attributes:
+        noise_var: variance per element of noise that was added on purpose.
+        restart: the gradients come from another source from now on: first moments start anew.
+    """
+
+    noise_var: float = 0.0
+    restart: bool = False
+
+
+PLAIN = Origin()
+"""Of a gradient of which nothing more is known, one mixed from several among them."""
+
+
 @dataclass
 class Estimate:
     """What an oracle says about one point per rank.
@@ -178,18 +207,39 @@ class Estimate:
         loss: (local,) float64.
         grad: (local, d) or Directions. Its mean over ranks estimates the objective's gradient.
         weight: (local,) float64, examples or tokens behind it.
-        noise_std: standard deviation of noise that was added on purpose, per element.
+        origin: of each rank's ``grad``.
+        mean_origin: of the mean of ``grad`` over ranks.
         metrics: further figures for the log.
     """
 
     loss: Tensor
     grad: Any  # Tensor, or Directions for an oracle whose form is "directions"
     weight: Tensor
-    noise_std: float = 0.0
+    origin: Origin = PLAIN
+    mean_origin: Origin = PLAIN
     metrics: Metrics = field(default_factory=dict)
 
 
 Sink = Callable[[slice, Tensor], None]
+TrainingFigures = Literal["open", "hidden", "marked"]
+"""As they are; left out; with their names after ``nonprivate_``."""
+
+
+class Clip(Protocol):
+    """Bounds the gradient of a single example."""
+
+    def factors(self, squares: Tensor) -> Tensor:
+        """Return what each example's gradient is multiplied by.
+
+        Args:
+            squares: (examples, tensors) squared norms of the gradient, by parameter tensor in the
+                order of the layout; of examples whose gradient is not finite they are not finite.
+
+        Returns:
+            (examples, 1), or (examples, tensors) where tensors are bounded apart; never negative,
+            and 0 for an example whose gradient is not finite.
+        """
+        ...
 
 
 class Oracle(Component, ABC):
@@ -206,6 +256,24 @@ class Oracle(Component, ABC):
             ConfigError: this oracle cannot serve this problem.
         """
 
+    def adapt(self, algorithm: Algorithm) -> None:
+        """Get to know the algorithm, before ``setup``; may be called again.
+
+        Raises:
+            ConfigError: the two do not go together; says why, and the way out.
+        """
+
+    def start(self, steps: int | None, draws: int) -> None:
+        """Get ready to be called; every process calls it once, and may exchange messages in it.
+
+        Args:
+            steps: of the run; None when open-ended.
+            draws: batches per step, each for one call.
+
+        Raises:
+            ConfigError: what was asked for cannot be had in so many calls.
+        """
+
     @property
     @abstractmethod
     def layout(self) -> RowLayout:
@@ -215,6 +283,11 @@ class Oracle(Component, ABC):
     def weighting(self) -> Literal["ranks", "examples"] | None:
         """What the mean f of its gradients runs over; None: as the problem says."""
         return None
+
+    @property
+    def training_figures(self) -> TrainingFigures:
+        """How the log takes figures of the training examples, which no privacy covers."""
+        return "open"
 
     @abstractmethod
     def __call__(
@@ -235,6 +308,32 @@ class Oracle(Component, ABC):
             sink: called per slice of the row, in one order on all ranks, instead of holding a row.
         """
 
+    def clipped(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        clip: Clip,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+    ) -> Estimate:
+        """Return the *sum* over each rank's examples of their gradients, each bounded by ``clip``.
+
+        What privacy wraps. ``grad`` is reused by the next call; ``weight`` counts examples.
+
+        Args:
+            x: one row per hosted rank; kept.
+            batch: one batch per hosted rank; one without examples gives zeros.
+            clip: bounds an example's gradient.
+            combine: [(c_k, x_k)]: of each example sum_k c_k grad f(x_k), formed before the bound.
+
+        Raises:
+            ConfigError: this oracle has no gradients of single examples.
+        """
+        raise ConfigError(
+            f"oracle: {self.name} has no gradients of single examples, which privacy bounds one by "
+            "one; put dp around backprop"
+        )
+
     @abstractmethod
     def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
         """Return the losses at x, (local,) float64, without a gradient."""
@@ -245,6 +344,77 @@ class Oracle(Component, ABC):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what ``state_dict`` returned."""
+
+    def statement(self) -> dict[str, Any]:
+        """Return what a run's summary and report must say about its gradients, by heading."""
+        return {}
+
+
+class OracleWrapper(Oracle):
+    """An oracle around another: it changes batches or gradients and leaves the rest as it is."""
+
+    inner: Oracle = Field(exclude=True)
+    """Filled from the entry before it in the list ``oracle``."""
+
+    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
+        """Set the inner oracle up and take its plan."""
+        return self.inner.setup(comm, problem)
+
+    def adapt(self, algorithm: Algorithm) -> None:
+        """Tell the inner oracle."""
+        self.inner.adapt(algorithm)
+
+    def start(self, steps: int | None, draws: int) -> None:
+        """Start the inner oracle."""
+        self.inner.start(steps, draws)
+
+    @property
+    def layout(self) -> RowLayout:
+        """The inner oracle's."""
+        return self.inner.layout
+
+    @property
+    def weighting(self) -> Literal["ranks", "examples"] | None:
+        """The inner oracle's."""
+        return self.inner.weighting
+
+    @property
+    def training_figures(self) -> TrainingFigures:
+        """The inner oracle's."""
+        return self.inner.training_figures
+
+    @property
+    def buffers(self) -> Any:
+        """The inner oracle's buffers, None where it keeps none."""
+        return getattr(self.inner, "buffers", None)
+
+    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
+        """Return the inner oracle's losses."""
+        return self.inner.loss(x, batch)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the inner oracle's state and, under ``NAME.``, this one's ``own_state``."""
+        own = {f"{self.name}.{key}": value for key, value in self.own_state().items()}
+        return self.inner.state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Give each its own."""
+        prefix = f"{self.name}."
+        self.load_own_state(
+            {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+        )
+        self.inner.load_state_dict({k: v for k, v in state.items() if not k.startswith(prefix)})
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return what a resume needs of this wrapper: tensors (local, ...)."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``own_state`` returned."""
+
+    def statement(self) -> dict[str, Any]:
+        """Return what the inner oracle states."""
+        return self.inner.statement()
 
 
 # --- optimizers and algorithms --------------------------------------------------------------
@@ -266,19 +436,21 @@ class Optimizer(Component, ABC):
         """Return the state for rows like x (local, d): a dataclass of tensors, or None."""
 
     @abstractmethod
-    def direction(self, state: Any, x: Tensor, grad: Tensor, step: int) -> Tensor:
+    def direction(self, state: Any, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Return the direction (local, d) whose multiple by -rate is the update; moves ``state``.
 
-        ``x`` and ``grad`` are kept; the result may be ``grad`` itself.
+        ``x`` and ``grad`` are kept; the result may be ``grad`` itself. ``origin`` is of ``grad``.
         """
 
     def rate(self, comm: Communicator) -> float:
         """Return the learning rate of this step."""
         return scheduled(self.lr, self.schedule, self.warmup, comm)
 
-    def update_(self, state: Any, x: Tensor, grad: Tensor, comm: Communicator) -> Tensor:
+    def update_(
+        self, state: Any, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin = PLAIN
+    ) -> Tensor:
         """``x -= rate * direction`` in place; returns x."""
-        direction = self.direction(state, x, grad, comm.step)
+        direction = self.direction(state, x, grad, origin)
         return combine([(1.0, x), (-self.rate(comm), direction)], out=x)
 
 
@@ -301,6 +473,8 @@ class Algorithm(Component, ABC):
     name: str = ""
     takes: ClassVar[frozenset[str]] = frozenset({"row"})
     """The forms of oracle it takes; another is made dense with a message, or refused."""
+    uses: ClassVar[Literal["rows", "mean"]] = "rows"
+    """What of the oracle's gradients leaves a rank: each rank's own, or the mean over all alone."""
     optional_optimizer: ClassVar[bool] = False
     """Whether it runs with and without an ``optimizer`` section."""
     objective: ClassVar[Literal["ranks", "examples"] | None] = None

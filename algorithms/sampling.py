@@ -6,6 +6,7 @@ have drawn, and a rank's batches do not depend on which process hosts it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -63,7 +64,7 @@ class Sampler:
             problem: whose training examples are drawn.
             plan: how the oracle wants them.
             ranks: those hosted here.
-            seed: of the draws: the run's, or a secret one where the coins must be private.
+            seed: of the draws, the run's.
 
         Raises:
             ConfigError: an empty shard, a Poisson rate above 1, or a plan that needs a finite
@@ -107,12 +108,21 @@ class Sampler:
         length, size = group.shards.shape[1], self._plan.batch_size
         if self._plan.sampling == "shuffle":
             return list(self._shuffled(group, (step * count + draw) * size))
-        stream = self._random.stream("data", group.ranks, step, draw)
         if self._plan.sampling == "replacement":
+            stream = self._random.stream("data", group.ranks, step, draw)
             return list(group.take(stream.integers(length, size).numpy()))
+        rate = self._plan.rate
         # 32-bit coins, rounded down: never more likely than the rate that privacy is counted for.
-        coins = stream.integers(2**32, length).numpy() < size * 2**32 // length
-        return [shard[coin] for shard, coin in zip(group.shards, coins, strict=True)]
+        heads = size * 2**32 // length if rate is None else math.floor(rate * 2**32)
+        return [
+            shard[self._coins(rank, length, step, draw) < heads]
+            for rank, shard in zip(group.ranks, group.shards, strict=True)
+        ]
+
+    def _coins(self, rank: int, length: int, step: int, draw: int) -> np.ndarray:
+        seed_of = self._plan.seed_of
+        random = self._random if seed_of is None else Random(seed_of(rank))
+        return random.stream("data", [rank], step, draw).integers(2**32, length)[0].numpy()
 
     def _shuffled(self, group: _Group, first: int) -> np.ndarray:
         """Return samples ``first``.. of the endless sequence of epochs, (ranks, batch_size)."""
@@ -167,7 +177,7 @@ class Sampler:
                 raise ConfigError(
                     f"task: rank {rank} has no training example; use fewer ranks, or another split"
                 )
-            if plan.sampling == "poisson" and plan.batch_size > length:
+            if plan.sampling == "poisson" and plan.rate is None and plan.batch_size > length:
                 raise ConfigError(
                     f"oracle.batch_size: rank {rank} holds {length} examples, so that "
                     f"each cannot be drawn with probability {plan.batch_size}/{length}; use at "

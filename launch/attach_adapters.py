@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.protocols import (
+    PLAIN,
     DataPlan,
     Estimate,
     Optimizer,
     Oracle,
+    Origin,
     Problem,
     RankBatches,
     Sink,
@@ -99,7 +101,7 @@ class TorchOptimizer(Optimizer):
         """Return 1: the optimizer's own rates, of any group, are in the direction already."""
         return 1.0
 
-    def direction(self, state: None, x: Tensor, grad: Tensor, step: int) -> Tensor:
+    def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Return x - x after the optimizer's step; x is put back."""
         before = x.clone()
         self._move(x, grad)
@@ -107,7 +109,9 @@ class TorchOptimizer(Optimizer):
         x.copy_(before)
         return moved
 
-    def update_(self, state: None, x: Tensor, grad: Tensor, comm: Communicator) -> Tensor:
+    def update_(
+        self, state: None, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin = PLAIN
+    ) -> Tensor:
         """Let the torch optimizer step in place with ``grad`` as the gradient."""
         self._move(x, grad)
         return x

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, Strict, create_model
 
 from gossamer import topologies
-from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, Task
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, OracleWrapper, Task
 from gossamer.algorithms.registry import find
 from gossamer.runtime.component import Component, validate
 from gossamer.runtime.errors import ConfigError, nearest
@@ -24,6 +24,7 @@ __all__ = [
     "field_names",
     "load_yaml",
     "merge",
+    "oracle_layers",
     "resolve",
 ]
 
@@ -98,18 +99,34 @@ class Experiment:
 
     def oracle(self) -> Oracle:
         """Return a fresh oracle (it holds the state of one run)."""
-        stack = self.config.oracle if isinstance(self.config.oracle, list) else [self.config.oracle]
-        if len(stack) != 1:
-            raise ConfigError(
-                f"oracle: a list stacks oracles, innermost first; got {len(stack)} entries "
-                "and no oracle here wraps another; give one"
-            )
-        section: Section = {"name": stack[0]} if isinstance(stack[0], str) else stack[0]
-        takes_one = "objective" in _class_of("oracle", section, Oracle).model_fields
-        wish = self.algorithm.objective
-        if takes_one and wish is not None and section.get("objective", "auto") == "auto":
-            section = {**section, "objective": wish}
-        return _component("oracle", section, Oracle)
+        found: Oracle | None = None
+        for section in self.oracle_sections():
+            cls = _class_of("oracle", section, Oracle)
+            wraps = issubclass(cls, OracleWrapper)
+            if wraps and found is None:
+                raise ConfigError(
+                    f"oracle: {section['name']} wraps another oracle; write "
+                    f"'oracle: [backprop, {{name: {section['name']}, ...}}]', innermost first"
+                )
+            if not wraps and found is not None:
+                raise ConfigError(
+                    f"oracle: a list stacks oracles, innermost first; {section['name']} wraps none "
+                    "and can only be the first entry"
+                )
+            wish = self.algorithm.objective
+            takes_one = "objective" in cls.model_fields
+            if takes_one and wish is not None and section.get("objective", "auto") == "auto":
+                section = {**section, "objective": wish}
+            found = _component("oracle", section, Oracle, inner=found)
+        assert found is not None
+        found.adapt(self.algorithm)
+        return found
+
+    def oracle_sections(self) -> list[Section]:
+        """Return a section for each oracle of the stack, innermost first."""
+        given = self.config.oracle
+        stack = given if isinstance(given, list) else [given]
+        return [{"name": s} if isinstance(s, str) else s for s in stack]
 
     def resolved(self) -> dict[str, Any]:
         """Return every field with its default filled in, for config.yaml."""
@@ -117,10 +134,13 @@ class Experiment:
         resolved["ranks"] = self.n
         resolved["task"] = self.task.model_dump(exclude_none=True)
         resolved["algorithm"] = self.algorithm.model_dump(exclude_none=True)
-        resolved["oracle"] = self.oracle().model_dump(exclude_none=True)
+        stack = [layer.model_dump(exclude_none=True) for layer in oracle_layers(self.oracle())]
+        for layer, section in zip(stack, self.oracle_sections(), strict=True):
+            layer["name"] = section["name"] if ":" in section["name"] else layer["name"]
+        resolved["oracle"] = stack if len(stack) > 1 else stack[0]
         if self.optimizer is not None:
             resolved["optimizer"] = self.optimizer.model_dump(exclude_none=True)
-        for kind in ("task", "oracle", "optimizer", "algorithm"):
+        for kind in ("task", "optimizer", "algorithm"):
             given = getattr(self.config, kind)
             if isinstance(given, dict) and ":" in str(given.get("name", "")):
                 resolved[kind]["name"] = given["name"]  # a user's own class, by its path
@@ -209,9 +229,19 @@ def _missing_methods(cls: type[Any]) -> str:
     return f": {', '.join(missing)}" if missing else ""
 
 
-def _component(kind: str, section: Section, base: type[C]) -> C:
+def oracle_layers(oracle: Oracle) -> list[Oracle]:
+    """Return the oracles of a stack, innermost first."""
+    inside = oracle_layers(oracle.inner) if isinstance(oracle, OracleWrapper) else []
+    return [*inside, oracle]
+
+
+def _component(kind: str, section: Section, base: type[C], inner: Oracle | None = None) -> C:
     cls = _class_of(kind, section, base)
+    if "inner" in section:
+        raise ConfigError(f"{kind}.inner: write the oracle inside as the entry before it")
     values = dict(section)
+    if inner is not None:
+        values["inner"] = inner
     if ":" in str(values["name"]):
         del values["name"]  # a user's own class; its path is not one of its fields
     elif isinstance(values["name"], str):

@@ -30,6 +30,7 @@ class AllReduce(Algorithm):
     rank, so the rows stay equal to the bit. The graph is not used; 2 (n - 1) / n d elements a step.
     """
 
+    uses: ClassVar[Literal["rows", "mean"]] = "mean"
     objective: ClassVar[Literal["ranks", "examples"] | None] = "examples"
     name: Literal["all-reduce"] = "all-reduce"
     optimizer: Optimizer = Field(exclude=True)
@@ -51,5 +52,5 @@ class AllReduce(Algorithm):
         """One gradient, one all-reduce of d elements."""
         estimate = oracle(state.x, batches[0])
         mean = comm.all_reduce(estimate.grad, "mean").expand_as(state.x)
-        self.optimizer.update_(state.optimizer, state.x, mean, comm)
+        self.optimizer.update_(state.optimizer, state.x, mean, comm, estimate.mean_origin)
         return {"loss": estimate.loss, **estimate.metrics}

@@ -86,7 +86,7 @@ class Choco(Algorithm):
         x, sent = state.x, state.message
         arriving = None if sent is None else comm.neighbor_gather_async(sent)
         estimate = oracle(x, batches[0])  # B: while the last step's message travels
-        self.optimizer.update_(state.optimizer, x, estimate.grad, comm)
+        self.optimizer.update_(state.optimizer, x, estimate.grad, comm, estimate.origin)
         if arriving is None:
             message = self._change(comm, oracle, state)
             self._hear(comm, oracle, state, comm.neighbor_gather(message), comm.step)

@@ -64,12 +64,12 @@ class DSGD(Algorithm):
         x = state.x
         if self.order == "atc":
             estimate = oracle(x, batches[0])
-            self.optimizer.update_(state.optimizer, x, estimate.grad, comm)
+            self.optimizer.update_(state.optimizer, x, estimate.grad, comm, estimate.origin)
             comm.neighbor_average(x, out=x)
         else:
             mixing = comm.neighbor_average_async(x)
             estimate = oracle(x, batches[0])  # while x travels
-            direction = self.optimizer.direction(state.optimizer, x, estimate.grad, comm.step)
+            direction = self.optimizer.direction(state.optimizer, x, estimate.grad, estimate.origin)
             if self.mix_momentum:
                 comm.neighbor_average(direction, out=direction)  # it is the momentum's own row
             combine([(1.0, mixing.wait()), (-self.optimizer.rate(comm), direction)], out=x)

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import PLAIN, Algorithm, Batches, Metrics, Optimizer, Oracle
 from gossamer.runtime import Communicator, Work, combine
 
 __all__ = ["GradientTracking", "GradientTrackingState", "previous_round"]
@@ -94,7 +94,7 @@ class GradientTracking(Algorithm):
                 work.wait()
             wx, wy = mixed[:, : x.shape[1]], mixed[:, x.shape[1] :]
             combine([(1.0, wy), (1.0, estimate.grad), (-1.0, g_old)], out=y)
-            direction = self.optimizer.direction(state.optimizer, x, y, comm.step)
+            direction = self.optimizer.direction(state.optimizer, x, y, PLAIN)
             combine([(1.0, wx), (-self.optimizer.rate(comm), direction)], out=x)
         g_old.copy_(estimate.grad)
         state.k += 1

@@ -73,10 +73,9 @@ def take_local_steps(
         The mean of the losses, and what the oracle said last.
     """
     rate, losses = optimizer.rate(comm), []
-    for k, batch in enumerate(batches):
+    for batch in batches:
         estimate = oracle(x, batch)
-        update = comm.step * len(batches) + k
-        direction = optimizer.direction(state, x, estimate.grad, update)
+        direction = optimizer.direction(state, x, estimate.grad, estimate.origin)
         combine([(1.0, x), (-rate, direction)], out=x)
         losses.append(estimate.loss)
     return {"loss": sum(losses[1:], losses[0]) / len(losses), **estimate.metrics}

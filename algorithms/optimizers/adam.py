@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Optimizer
+from gossamer.algorithms.protocols import Optimizer, Origin
 from gossamer.runtime.rows import combine
 
 __all__ = ["Adam", "AdamState", "AdamW", "adam_direction"]
@@ -42,7 +42,12 @@ class _Moments(Optimizer):
         """Start with no gradient seen."""
         return AdamState(m=torch.zeros_like(x), v=torch.zeros_like(x))
 
-    def _ratio(self, state: AdamState, grad: Tensor) -> Tensor:
+    def _ratio(self, state: AdamState, grad: Tensor, origin: Origin) -> Tensor:
+        if origin.restart:
+            # Not t, which v needs too, and no correction of m's new start: the update grows to its
+            # size over 1 / (1 - beta1) steps, a warmup that keeps the first gradient of a noisier
+            # source from being divided by the root of a v that has not seen its noise.
+            state.m.zero_()
         combine([(self.beta1, state.m), (1.0 - self.beta1, grad)], out=state.m)
         combine([(self.beta2, state.v), (1.0 - self.beta2, grad * grad)], out=state.v)
         state.t += 1
@@ -60,11 +65,11 @@ class Adam(_Moments):
     weight_decay: float = Field(default=0.0, ge=0)
     """L2 penalty added to the gradient."""
 
-    def direction(self, state: AdamState, x: Tensor, grad: Tensor, step: int) -> Tensor:
+    def direction(self, state: AdamState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Move the moments and return their ratio."""
         if self.weight_decay:
             grad = combine([(1.0, grad), (self.weight_decay, x)])
-        return self._ratio(state, grad)
+        return self._ratio(state, grad, origin)
 
 
 class AdamW(_Moments):
@@ -77,9 +82,9 @@ class AdamW(_Moments):
     weight_decay: float = Field(default=0.01, ge=0)
     """Decay of the parameters, times the learning rate; the moments do not see it."""
 
-    def direction(self, state: AdamState, x: Tensor, grad: Tensor, step: int) -> Tensor:
+    def direction(self, state: AdamState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Move the moments and return their ratio plus the decay."""
-        ratio = self._ratio(state, grad)
+        ratio = self._ratio(state, grad, origin)
         return combine([(1.0, ratio), (self.weight_decay, x)], out=ratio)
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Optimizer
+from gossamer.algorithms.protocols import Optimizer, Origin
 from gossamer.runtime.rows import combine
 
 __all__ = ["SGD", "Momentum"]
@@ -25,7 +25,7 @@ class SGD(Optimizer):
     def init(self, x: Tensor) -> None:
         """Keep no state."""
 
-    def direction(self, state: None, x: Tensor, grad: Tensor, step: int) -> Tensor:
+    def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Return the gradient, decayed."""
         return _decayed(self.weight_decay, x, grad)
 
@@ -52,8 +52,10 @@ class Momentum(Optimizer):
         """Start at rest."""
         return MomentumState(m=torch.zeros_like(x))
 
-    def direction(self, state: MomentumState, x: Tensor, grad: Tensor, step: int) -> Tensor:
+    def direction(self, state: MomentumState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Move the momentum and return it."""
+        if origin.restart:
+            state.m.zero_()
         grad = _decayed(self.weight_decay, x, grad)
         combine([(self.beta, state.m), (1.0, grad)], out=state.m)
         return combine([(1.0, grad), (self.beta, state.m)]) if self.nesterov else state.m

@@ -7,6 +7,7 @@ import torch
 
 from gossamer.algorithms.optimizers.adam import Adam, AdamW
 from gossamer.algorithms.optimizers.sgd import SGD, Momentum
+from gossamer.algorithms.protocols import PLAIN
 from gossamer.algorithms.registry import REGISTRY, find
 from gossamer.runtime import Communicator, ConfigError, StackedTransport
 from gossamer.runtime.component import validate
@@ -78,7 +79,7 @@ def test_zero_gradients_move_nothing(name):
 def test_a_direction_keeps_the_row_and_the_gradient():
     for optimizer, _ in CASES.values():
         x, grad = torch.ones(2, 5), torch.full((2, 5), 2.0)
-        optimizer.direction(optimizer.init(x), x, grad, 0)
+        optimizer.direction(optimizer.init(x), x, grad, PLAIN)
         assert torch.equal(x, torch.ones(2, 5))
         assert torch.equal(grad, torch.full((2, 5), 2.0))
 
