@@ -14,8 +14,10 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from gossamer.algorithms.oracles.buffers import BufferRows
+from gossamer.algorithms.oracles.per_sample import PerSampleGradients
 from gossamer.algorithms.protocols import (
     Batch,
+    Clip,
     DataPlan,
     Estimate,
     Oracle,
@@ -53,6 +55,7 @@ class Backprop(Oracle):
     _grad: Tensor = PrivateAttr()
     _weighting: Literal["ranks", "examples"] = PrivateAttr(default="ranks")
     _factors: Tensor | None = PrivateAttr(default=None)
+    _per_sample: PerSampleGradients | None = PrivateAttr(default=None)
     _calls: tuple[int, int] = PrivateAttr(default=(-1, 0))
 
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
@@ -112,6 +115,36 @@ class Backprop(Oracle):
             for s in self._layout.slices:
                 sink(slice(s.begin, s.end), grad[:, s.begin : s.end])
         return Estimate(loss=losses, grad=grad, weight=weight)
+
+    def clipped(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        clip: Clip,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+    ) -> Estimate:
+        """Return each rank's sum of bounded gradients of single examples; the row is reused."""
+        if self._per_sample is None:
+            if self.vectorize:
+                raise ConfigError("oracle.vectorize: gradients of single examples need it false")
+            self._per_sample = PerSampleGradients(self._problem, self._layout)
+        draw, batch = self._next_draw(), self._moved(batch)
+        grad, losses = self._grad.zero_(), torch.zeros(len(batch), dtype=torch.float64)
+        for i, (rank, examples) in enumerate(zip(self._comm.ranks, batch, strict=True)):
+            points = [(c, rows[i]) for c, rows in combine or [(1.0, x)]]
+            chunks = _chunks(examples.inputs, self.micro_batch_size) if len(examples) else []
+            for k, chunk in enumerate(chunks):
+
+                def bind(row: Tensor, i: int = i, rank: int = rank, k: int = k) -> None:
+                    self._module_at(row, i)
+                    self._seed_dropout(rank, draw, k)
+
+                with self._cast():
+                    loss = self._per_sample.add_clipped(points, chunk, clip, grad[i], bind)
+                losses[i] += loss.double().cpu() * (len(chunk[0]) / len(examples))
+        counts = torch.tensor([len(b) for b in batch], dtype=torch.float64)
+        return Estimate(loss=losses, grad=grad, weight=counts)
 
     def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
         """Return the losses at x, (local,) float64."""
@@ -192,8 +225,9 @@ class Backprop(Oracle):
             losses[i] = self._backward(x[i], grad[i], i, examples.inputs)
         return losses
 
-    def _seed_dropout(self, rank: int, draw: int) -> None:
+    def _seed_dropout(self, rank: int, draw: int, chunk: int = 0) -> None:
         """Count the masks of dropout, which come from torch's generator, like any other stream."""
+        draw = draw + (chunk << 16)  # a chunk of the batch repeats its masks at every point
         seed = self._comm.random("dropout", ids=(rank,), draw=draw).seed()
         # Not torch.manual_seed: where no GPU was used yet it formats a stack (milliseconds).
         torch.default_generator.manual_seed(seed)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from gossamer.algorithms.protocols import Problem, RankBatches
 from gossamer.runtime import ConfigError, RowLayout
 
-__all__ = ["vectorized_gradients"]
+__all__ = ["Stateless", "vectorized_gradients"]
 
 
-class _Stateless(nn.Module):
+class Stateless(nn.Module):
     """Calls a module with given parameters; passes for the module in a task's loss."""
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
@@ -22,6 +22,7 @@ class _Stateless(nn.Module):
         self.__dict__["_given"] = dict(parameters)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Call the module with the given parameters."""
         result: Tensor = torch.func.functional_call(
             self.__dict__["_target"], self.__dict__["_given"], inputs, tie_weights=True
         )
@@ -30,9 +31,11 @@ class _Stateless(nn.Module):
     def named_parameters(  # type: ignore[override]  # the given tensors are not nn.Parameter
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> object:
+        """Yield the given parameters with their names."""
         return iter(self.__dict__["_given"].items())
 
     def parameters(self, recurse: bool = True) -> object:  # type: ignore[override]  # as above
+        """Yield the given parameters."""
         return iter(self.__dict__["_given"].values())
 
 
@@ -55,7 +58,7 @@ def vectorized_gradients(
     inputs = tuple(torch.stack(parts) for parts in zip(*(b.inputs for b in batch), strict=True))
 
     def loss(parameters: dict[str, Tensor], *examples: Tensor) -> Tensor:
-        return problem.loss(_Stateless(problem.module, parameters), examples)
+        return problem.loss(Stateless(problem.module, parameters), examples)
 
     each = torch.func.vmap(torch.func.grad_and_value(loss), randomness="different")
     grads, losses = each(stacked, *inputs)

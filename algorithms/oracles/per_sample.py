@@ -1,0 +1,287 @@
+"""Sums of bounded gradients of single examples, in one forward and one backward pass.
+
+Taps on the layers keep what went in and the gradient of what came out; norms and clipped sums come
+from these (book-keeping, arXiv:2210.00038), so no gradient of a single example is held. A model
+with parameters that no known layer owns, or whose gradients disagree with autograd's on two
+examples, goes through torch.func instead, one gradient per example.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.algorithms.oracles.per_sample_layers import terms_of
+from gossamer.algorithms.oracles.per_sample_terms import Dense, Term, add_weighted, squared_norms
+from gossamer.algorithms.oracles.vectorized import Stateless
+from gossamer.algorithms.protocols import Clip, Problem
+from gossamer.runtime import ConfigError, RowLayout
+
+__all__ = ["PerSampleGradients"]
+
+log = logging.getLogger("gossamer")
+
+Points = Sequence[tuple[float, Tensor]]
+"""[(c_k, row_k)]: the gradient of an example is sum_k c_k grad f(row_k)."""
+Bind = Callable[[Tensor], None]
+"""Makes the module's parameters those of a row (d,)."""
+
+_MIXES_EXAMPLES = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass
+class _Call:
+    """One use of a layer: what went in, and the gradient of what came out (set by backward)."""
+
+    layer: nn.Module
+    a: Tensor
+    e: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class _Tap(torch.autograd.Function):
+    """Passes a layer's output on, and keeps the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor, call: _Call) -> Tensor:
+        ctx.call = call
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.call.e = grads[0].detach()
+        # The anchor makes every tap a leaf's descendant, so that backward comes here although the
+        # parameters take no gradients.
+        return grads[0] if ctx.needs_input_grad[0] else None, torch.zeros(()), None
+
+
+class PerSampleGradients:
+    """The gradients of single examples of one problem.
+
+    Attributes:
+        is_tapped: whether layers are tapped; else torch.func makes each gradient.
+    """
+
+    def __init__(self, problem: Problem, layout: RowLayout) -> None:
+        """Look at the module; valid while its trainable parameters stay the same ones.
+
+        Raises:
+            ConfigError: a layer mixes the examples of a batch.
+        """
+        self._problem, self._layout, module = problem, layout, problem.module
+        for name, layer in module.named_modules():
+            if isinstance(layer, _MIXES_EXAMPLES):
+                raise ConfigError(
+                    f"task.model: '{name}' is a {type(layer).__name__}, which mixes the examples "
+                    "of a batch, so that none has a gradient of its own; use GroupNorm or LayerNorm"
+                )
+        self._owners = _owners(module, layout)
+        self.is_tapped = self._owners is not None and self._agrees_with_autograd()
+        if not self.is_tapped:
+            log.info("gradients of single examples: by torch.func, which holds each of them")
+
+    def add_clipped(
+        self,
+        points: Points,
+        inputs: tuple[Tensor, ...],
+        clip: Clip,
+        out: Tensor,
+        bind: Bind,
+    ) -> Tensor:
+        """Add the sum over examples of their bounded gradients to ``out``.
+
+        Args:
+            points: where gradients are taken, and their coefficients.
+            inputs: (m, ...), m > 0 examples.
+            clip: bounds an example's gradient.
+            out: (d,), zero or a sum so far.
+            bind: called before each forward pass; repeats its random numbers too.
+
+        Returns:
+            (), the mean loss at the first point.
+        """
+        find = self._tapped if self.is_tapped else self._by_functions
+        terms, loss = find(points, inputs, bind)
+        found = [
+            squared_norms(terms[s.name], s.shape)
+            if terms[s.name]
+            else (out.new_zeros(len(inputs[0])), [])
+            for s in self._layout.slices
+        ]
+        squares = torch.stack([square for square, _ in found], dim=1)
+        factors = clip.factors(squares).expand_as(squares)
+        bad = ~torch.isfinite(squares).all(dim=1)
+        for k, (view, (_, merged)) in enumerate(zip(self._layout.views(out), found, strict=True)):
+            add_weighted(merged, factors[:, k], bad, view)
+        return loss
+
+    # --- by taps ----------------------------------------------------------------------------
+
+    def _tapped(
+        self, points: Points, inputs: tuple[Tensor, ...], bind: Bind
+    ) -> tuple[dict[str, list[Term]], Tensor]:
+        """Return the terms of every parameter by name, and the loss at the first point."""
+        assert self._owners is not None
+        terms: dict[str, list[Term]] = {s.name: [] for s in self._layout.slices}
+        first = None
+        for c, row in points:
+            bind(row)
+            calls, loss = self._run(inputs)
+            first = loss if first is None else first
+            for call in calls:
+                if not len(call.e):
+                    continue  # its output did not matter
+                find = terms_of(call.layer)
+                assert find is not None
+                a = call.a if not call.a.is_floating_point() else _wide(call.a)
+                for own, term in find(call.layer, a, _wide(call.e)).items():
+                    if (name := self._owners.get((call.layer, own))) is not None:
+                        terms[name].append(term.scaled(c) if c != 1.0 else term)
+        assert first is not None
+        return terms, first
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> tuple[list[_Call], Tensor]:
+        assert self._owners is not None
+        m, calls = len(inputs[0]), list[_Call]()
+        anchor = torch.zeros((), requires_grad=True)
+
+        def tap(layer: nn.Module, taken: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            a = taken[0].detach()
+            if len(a) == 1 < m:  # shared by all examples, as positions are: each gets its own
+                a, out = a.expand(m, *a.shape[1:]), out.expand(m, *out.shape[1:])
+            calls.append(_Call(layer, a))
+            result: Tensor = _Tap.apply(out, anchor, calls[-1])  # type: ignore[no-untyped-call]
+            return result
+
+        hooks = [layer.register_forward_hook(tap) for layer in {own[0] for own in self._owners}]
+        try:
+            with _frozen(self._layout, self._problem.module), torch.enable_grad():
+                loss = self._problem.loss(self._problem.module, inputs)
+                torch.autograd.grad(loss * m, anchor)  # of the mean: an example's share is 1 / m
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return calls, loss.detach()
+
+    def _agrees_with_autograd(self) -> bool:
+        """Compare two examples' norms and sum with two backward passes, without dropout."""
+        problem, module = self._problem, self._problem.module
+        inputs = _two_examples(problem)
+        row = self._layout.gather(module, torch.empty(self._layout.d, dtype=self._layout.dtype))
+        row = row.to(next(module.parameters()).device)
+        inputs = tuple(t.to(row.device) for t in inputs)
+        kept = _Keep()
+        modes = [(layer, layer.training) for layer in module.modules()]
+        module.eval()
+        try:
+            total = torch.zeros_like(row)
+            self.is_tapped = True
+            self.add_clipped([(1.0, row)], inputs, kept, total, lambda _: None)
+            grads = []
+            for k in range(2):
+                loss = problem.loss(module, tuple(t[k : k + 1] for t in inputs))
+                found = torch.autograd.grad(
+                    loss, list(self._layout.parameters(module)), allow_unused=True
+                )
+                grads.append([torch.zeros(()) if g is None else g.double() for g in found])
+        except (RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
+            log.info("gradients of single examples: layers cannot be tapped: %s", error)
+            return False
+        finally:
+            for layer, mode in modes:
+                layer.training = mode
+        squares = torch.stack([torch.stack([g.square().sum() for g in each]) for each in grads])
+        sums = [sum(parts) for parts in zip(*grads, strict=True)]
+        scale = float(squares.sum()) + 1e-30
+        norms_agree = bool(((squares - kept.squares.double()).abs() <= 1e-3 * scale).all())
+        apart = sum(
+            float((view.double() - whole).square().sum())
+            for view, whole in zip(self._layout.views(total), sums, strict=True)
+        )
+        return norms_agree and apart <= 1e-6 * scale
+
+    # --- by torch.func ----------------------------------------------------------------------
+
+    def _by_functions(
+        self, points: Points, inputs: tuple[Tensor, ...], bind: Bind
+    ) -> tuple[dict[str, list[Term]], Tensor]:
+        problem, layout = self._problem, self._layout
+
+        def loss_of(parameters: dict[str, Tensor], *example: Tensor) -> Tensor:
+            one = tuple(part[None] for part in example)
+            return problem.loss(Stateless(problem.module, parameters), one)
+
+        each = torch.func.vmap(
+            torch.func.grad_and_value(loss_of),
+            in_dims=(None, *[0] * len(inputs)),
+            randomness="different",
+        )
+        terms: dict[str, list[Term]] = {s.name: [] for s in layout.slices}
+        first = None
+        for c, row in points:
+            bind(row)
+            values = dict(zip([s.name for s in layout.slices], layout.views(row), strict=True))
+            grads, losses = each(values, *inputs)
+            first = losses.detach().mean() if first is None else first
+            for name, grad in grads.items():
+                terms[name].append(Dense(_wide(grad)).scaled(c))
+        assert first is not None
+        return terms, first
+
+
+@dataclass
+class _Keep:
+    """Bounds nothing, and keeps the norms."""
+
+    squares: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def factors(self, squares: Tensor) -> Tensor:
+        self.squares = squares
+        return torch.ones_like(squares[:, :1])
+
+
+def _owners(module: nn.Module, layout: RowLayout) -> dict[tuple[nn.Module, str], str] | None:
+    """Return (layer, its name for a parameter) -> name in the row; None if some has no known layer.
+
+    Tied parameters have several owners.
+    """
+    names = {id(p): s.name for s, p in zip(layout.slices, layout.parameters(module), strict=True)}
+    owners = {
+        (layer, own): names[id(p)]
+        for layer in module.modules()
+        for own, p in layer._parameters.items()
+        if p is not None and id(p) in names
+    }
+    return owners if all(terms_of(layer) is not None for layer, _ in owners) else None
+
+
+@contextmanager
+def _frozen(layout: RowLayout, module: nn.Module) -> Iterator[None]:
+    """Let backward skip the parameters' gradients: the taps are enough."""
+    parameters = list(layout.parameters(module))
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def _two_examples(problem: Problem) -> tuple[Tensor, ...]:
+    train: Any = problem.train
+    if hasattr(train, "draw"):
+        drawn: tuple[Tensor, ...] = train.draw(0, 0, 0, 0, 2)
+        return drawn
+    found: tuple[Tensor, ...] = train[torch.tensor([0, len(train) - 1])]
+    return found
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Return values in float32 at least: norms and sums of half precision lose the small ones."""
+    return values if values.dtype == torch.float64 else values.float()

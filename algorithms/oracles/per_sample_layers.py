@@ -1,0 +1,108 @@
+"""What a layer's input and output gradient say about the gradients of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gossamer.algorithms.oracles.per_sample_terms import Dense, Lookup, Outer, Term
+
+__all__ = ["Terms", "terms_of"]
+
+Terms = Callable[[nn.Module, Tensor, Tensor], dict[str, Term]]
+"""(layer, input, gradient of the output) -> a term for each of the layer's own parameters."""
+
+
+def terms_of(layer: nn.Module) -> Terms | None:
+    """Return how to find the terms of a layer; None where only autograd knows."""
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # transformers': (in, out)
+        return _transposed_linear
+    if type(layer) is nn.Embedding and (layer.max_norm or layer.scale_grad_by_freq or layer.sparse):
+        return None
+    if isinstance(layer, nn.Conv1d | nn.Conv2d) and (
+        layer.padding_mode != "zeros" or isinstance(layer.padding, str) or layer.transposed
+    ):
+        return None
+    return _LAYERS.get(type(layer))
+
+
+def _linear(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    a, e = _positions(a), _positions(e)
+    return {"weight": Outer(a, e), "bias": Dense(e.sum(1))}
+
+
+def _transposed_linear(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    a, e = _positions(a), _positions(e)
+    return {"weight": Outer(e, a), "bias": Dense(e.sum(1))}
+
+
+def _embedding(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    assert isinstance(layer, nn.Embedding)
+    tokens, e = a.flatten(1), e.reshape(len(a), -1, e.shape[-1])
+    if layer.padding_idx is not None:
+        e = e.masked_fill((tokens == layer.padding_idx)[..., None], 0)
+    return {"weight": Lookup(tokens, e)}
+
+
+def _convolution(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    padding = layer.padding
+    assert not isinstance(padding, str)
+    bias = Dense(e.flatten(2).sum(2))
+    if isinstance(layer, nn.Conv1d):  # a picture of height 1
+        a, kernel = a[:, :, None], (1, *layer.kernel_size)
+        geometry = [(1, *layer.dilation), (0, *padding), (1, *layer.stride)]
+    else:
+        kernel = layer.kernel_size
+        geometry = [layer.dilation, padding, layer.stride]
+    patches = F.unfold(a, kernel, *geometry)  # (m, channels * kernel, positions)
+    e = e.flatten(2)
+    if layer.groups == 1:
+        return {"weight": Outer(patches.mT, e.mT), "bias": bias}
+    g = layer.groups
+    patches, e = patches.unflatten(1, (g, -1)), e.unflatten(1, (g, -1))
+    return {"weight": Dense(torch.einsum("mgot,mgit->mgoi", e, patches)), "bias": bias}
+
+
+def _layer_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    assert isinstance(layer, nn.LayerNorm)
+    normal = F.layer_norm(a, layer.normalized_shape, eps=layer.eps)
+    return _scale_and_shift(normal, e, len(layer.normalized_shape))
+
+
+def _rms_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    assert isinstance(layer, nn.RMSNorm)
+    normal = F.rms_norm(a, layer.normalized_shape, eps=layer.eps)
+    return _scale_and_shift(normal, e, len(layer.normalized_shape))
+
+
+def _group_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    assert isinstance(layer, nn.GroupNorm)
+    normal = F.group_norm(a, layer.num_groups, eps=layer.eps).reshape(*a.shape[:2], -1)
+    e = e.reshape(*e.shape[:2], -1)
+    return {"weight": Dense((e * normal).sum(2)), "bias": Dense(e.sum(2))}
+
+
+def _scale_and_shift(normal: Tensor, e: Tensor, dims: int) -> dict[str, Term]:
+    shape = e.shape[-dims:]
+    normal, e = normal.reshape(len(e), -1, *shape), e.reshape(len(e), -1, *shape)
+    return {"weight": Dense((e * normal).sum(1)), "bias": Dense(e.sum(1))}
+
+
+def _positions(values: Tensor) -> Tensor:
+    """Return (m, ..., p) as (m, t, p)."""
+    return values.reshape(len(values), -1, values.shape[-1])
+
+
+_LAYERS: dict[type[nn.Module], Terms] = {
+    nn.Linear: _linear,
+    nn.Embedding: _embedding,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.GroupNorm: _group_norm,
+}
