@@ -26,12 +26,18 @@ REGISTRY: dict[str, dict[str, str]] = {
         "text": "tasks.text:Text",
         "wine": "tasks.bundled:Wine",
     },
-    "oracle": {"backprop": "oracles.backprop:Backprop"},
+    "oracle": {
+        "backprop": "oracles.backprop:Backprop",
+        "disk": "privacy.disk:Disk",
+        "doppler": "privacy.doppler:Doppler",
+        "dp": "privacy.dp:DP",
+    },
     "optimizer": {
         "sgd": "optimizers.sgd:SGD",
         "momentum": "optimizers.sgd:Momentum",
         "adam": "optimizers.adam:Adam",
         "adamw": "optimizers.adam:AdamW",
+        "adam-bc": "optimizers.adam_bc:AdamBC",
     },
     "algorithm": {
         "d-nasa": "decentralized.dnasa:DNASA",

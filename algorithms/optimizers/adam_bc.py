@@ -1,0 +1,95 @@
+"""DP-AdamBC (arXiv:2312.14334): Adam whose second moment is rid of the known noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gossamer.algorithms.protocols import Optimizer, Origin
+from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.rows import combine
+
+__all__ = ["AdamBC", "AdamBCState"]
+
+
+@dataclass
+class AdamBCState:
+    """The moments of the gradients since ``init``.
+
+    Attributes:
+        m: (local, d), moving average of gradients since the last restart.
+        v: (local, d), moving average of their squares.
+        noise: moving average, as ``v``'s, of the variance of their noise.
+        t: how many gradients went in.
+    """
+
+    m: Tensor
+    v: Tensor
+    noise: float = 0.0
+    t: int = 0
+
+
+class AdamBC(Optimizer):
+    """DP-AdamBC (arXiv:2312.14334): x -= lr * (m^ / sqrt(max(v^ - phi^, floor)) + decay * x).
+
+    Noise of variance phi adds phi to the second moment of every parameter, and where it exceeds the
+    gradient Adam's update shrinks to that of SGD. phi^ is the mean of the gradients' noise
+    variances with the weights by which their squares stand in v^, so it holds where the variance
+    changes from step to step: a filter's falls over its first steps, which v^ remembers. Known from
+    the oracle; with gradients of which it is not, use adam.
+    """
+
+    name: Literal["adam-bc"] = "adam-bc"
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the old first moment that stays."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Share of the old second moment that stays."""
+    floor: float | None = Field(default=None, gt=0)
+    """Least second moment after the subtraction (gamma' in the paper): the crucial knob, too small
+    and single parameters jump. None: 3 phi^ sqrt(2 (1 - beta2) / (1 + beta2)), three standard
+    deviations of v^ under noise alone."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of the parameters, times the learning rate; the moments do not see it."""
+
+    def init(self, x: Tensor) -> AdamBCState:
+        """Start with no gradient seen."""
+        return AdamBCState(m=torch.zeros_like(x), v=torch.zeros_like(x))
+
+    def direction(self, state: AdamBCState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+        """Move the moments and return their corrected ratio, plus the decay.
+
+        Raises:
+            ConfigError: no gradient so far came with the variance of its noise.
+        """
+        if origin.noise_var == 0 and state.noise == 0:
+            raise ConfigError(
+                "optimizer.name: adam-bc subtracts the known variance of the gradients' noise, and "
+                "these have none; put dp into the oracle, choose an algorithm whose optimizer gets "
+                "the oracle's own gradients (all-reduce, dsgd), or use adam"
+            )
+        if origin.restart:
+            state.m.zero_()  # v and t stay, and m^ grows to its size: why, see Adam
+        state.t += 1
+        combine([(self.beta1, state.m), (1.0 - self.beta1, grad)], out=state.m)
+        combine([(self.beta2, state.v), (1.0 - self.beta2, grad * grad)], out=state.v)
+        state.noise = self.beta2 * state.noise + (1.0 - self.beta2) * origin.noise_var
+        ratio = self._ratio(state)
+        return (
+            combine([(1.0, ratio), (self.weight_decay, x)], out=ratio)
+            if self.weight_decay
+            else ratio
+        )
+
+    def _ratio(self, state: AdamBCState) -> Tensor:
+        correction = 1.0 - self.beta2**state.t
+        noise = state.noise / correction
+        floor = self.floor
+        if floor is None:
+            floor = 3.0 * noise * math.sqrt(2.0 * (1.0 - self.beta2) / (1.0 + self.beta2))
+        least = (state.v / correction).sub_(noise).clamp_(min=floor)
+        return (state.m / (1.0 - self.beta1**state.t)).div_(least.sqrt_())

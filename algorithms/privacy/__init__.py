@@ -1,0 +1,1 @@
+"""Private training: per-sample clipping, noise, filters and accounting."""

@@ -1,0 +1,106 @@
+"""What the oracles that filter gradients have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import PrivateAttr, field_validator
+from torch import Tensor
+
+from gossamer.algorithms.protocols import (
+    DataPlan,
+    Estimate,
+    Oracle,
+    OracleWrapper,
+    Origin,
+    Problem,
+    Sink,
+)
+from gossamer.runtime import Communicator, ConfigError
+from gossamer.runtime.rows import empty_rows
+from gossamer.runtime.state import flatten, restore
+
+__all__ = ["GradientFilter"]
+
+
+class GradientFilter(OracleWrapper):
+    """An oracle that makes one row out of the inner oracle's rows of this call and former ones.
+
+    It counts its calls since it started anew, and scales what is known of the noise by the gain of
+    that call. That gain holds for noise of the same variance at every call since the start,
+    independent from call to call.
+    """
+
+    _rows: dict[str, list[Tensor]] = PrivateAttr(default_factory=dict)
+    _calls: Tensor = PrivateAttr()
+
+    @field_validator("inner")
+    @classmethod
+    def _check_inner(cls, inner: Oracle) -> Oracle:
+        if inner.form != "row":
+            raise ValueError(f"a filter needs gradients as rows; this oracle gives {inner.form}")
+        layer = inner
+        while isinstance(layer, OracleWrapper):
+            if isinstance(layer, GradientFilter):
+                raise ValueError(
+                    f"{layer.name} filters already: a second filter would not know the variance of "
+                    "noise that the first made dependent from call to call; keep one of the two"
+                )
+            layer = layer.inner
+        return inner
+
+    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
+        """Set the inner oracle up and make room for former rows."""
+        plan = super().setup(comm, problem)
+        layout = self.inner.layout
+        self._rows = {
+            name: [
+                empty_rows(comm.local, layout.d, layout.dtype, comm.device) for _ in range(count)
+            ]
+            for name, count in self._kept().items()
+        }
+        self._calls = torch.zeros(comm.local, 1, dtype=torch.int64)
+        return plan
+
+    @abstractmethod
+    def _kept(self) -> dict[str, int]:
+        """Return how many rows to keep, by name."""
+
+    @property
+    def _t(self) -> int:
+        """Calls since it started anew."""
+        return int(self._calls[0])
+
+    def _refuse(self, sink: Sink | None) -> None:
+        if sink is not None:
+            raise ConfigError(
+                f"oracle: {self.name} keeps whole rows and cannot hand a gradient out in slices; "
+                f"take {self.name} out, or use an optimizer that takes whole rows"
+            )
+
+    def _filtered(self, estimate: Estimate, grad: Tensor, gain: float) -> Estimate:
+        """Return the estimate with another gradient, its noise variance times ``gain``."""
+
+        def scaled(origin: Origin) -> Origin:
+            return replace(origin, noise_var=origin.noise_var * gain)
+
+        return replace(
+            estimate,
+            grad=grad,
+            origin=scaled(estimate.origin),
+            mean_origin=scaled(estimate.mean_origin),
+        )
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the former rows and the number of calls."""
+        return flatten(self._state())[0]
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """Copy them back in place."""
+        restore(self._state(), state, {})
+
+    def _state(self) -> dict[str, Any]:
+        return {**self._rows, "calls": self._calls} if self._rows else {}

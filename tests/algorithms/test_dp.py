@@ -1,0 +1,288 @@
+"""The private oracle: sums, noise, sampling, accounting, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gossamer.algorithms.decentralized.all_reduce import AllReduce
+from gossamer.algorithms.decentralized.dsgd import DSGD
+from gossamer.algorithms.optimizers.sgd import SGD
+from gossamer.algorithms.oracles.backprop import Backprop
+from gossamer.algorithms.privacy import clipping
+from gossamer.algorithms.privacy.dp import DP
+from gossamer.algorithms.program import TrainingProgram
+from gossamer.algorithms.protocols import Batch, Problem
+from gossamer.algorithms.tasks.arrays import TensorDataset
+from gossamer.runtime import Communicator, ConfigError, StackedTransport, row_norm
+from gossamer.runtime.component import validate
+from gossamer.topologies import build
+
+EXAMPLES, FEATURES = 240, 12
+
+
+def problem(n=1, examples=EXAMPLES, hidden=0):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(examples, FEATURES, generator=generator)
+    y = (x[:, 0] > 0).long()
+    torch.manual_seed(1)
+    module = nn.Linear(FEATURES, 2)
+    if hidden:
+        module = nn.Sequential(nn.Linear(FEATURES, hidden), nn.Tanh(), nn.Linear(hidden, 2))
+
+    def loss(model, inputs):
+        return F.cross_entropy(model(inputs[0]), inputs[1])
+
+    shards = tuple(np.array_split(np.arange(examples), n))
+    data = TensorDataset((x, y))
+    return Problem(module, data, shards, loss, test=data)
+
+
+def program(n=1, *, algorithm=None, task=None, backprop=None, steps=None, seed=0, **dp):
+    comm = Communicator(build("ring", n), StackedTransport(), steps=steps, seed=seed)
+    inner = Backprop(**(backprop or {"batch_size": 60 // n}))
+    oracle = validate(DP, {"noise_seed": 5, **dp, "inner": inner}, "oracle")
+    algorithm = algorithm or AllReduce(optimizer=SGD(lr=0.5))
+    made = TrainingProgram(comm, task or problem(n), oracle, algorithm)
+    return made.start()
+
+
+def run(made, steps):
+    for _ in range(steps):
+        made.step()
+        made.comm.step += 1
+    return made
+
+
+# --- sums -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro", [None, 7, 3])
+@pytest.mark.parametrize("n", [2, 4])
+def test_the_sum_is_the_same_for_any_number_of_ranks_and_micro_batches(n, micro):
+    means = []
+    for ranks, size in [(1, None), (n, micro)]:
+        made = program(
+            ranks, noise_multiplier=0, backprop={"sampling": "full", "micro_batch_size": size}
+        )
+        estimate = made.oracle(made.state.x, made._batches()[0])
+        means.append(estimate.grad.mean(0))
+    torch.testing.assert_close(means[1], means[0], rtol=1e-5, atol=1e-7)
+
+
+KINDS = ["flat", "auto-s", "auto-v", "per-layer", "reparametrised", "global"]
+
+
+def clipped_sum(oracle, inner, x, inputs, points):
+    batch = [Batch(inputs)]
+    return inner.clipped(x, batch, oracle._clip, combine=points).grad.clone()
+
+
+@pytest.mark.parametrize("points", [1, 2], ids=["one point", "two points"])
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 6),
+    extra=st.sampled_from([1.0, 100.0, 1e30, float("inf"), float("nan")]),
+)
+def test_an_example_more_moves_the_sum_by_at_most_the_sensitivity(kind, points, seed, size, extra):
+    made = program(noise_multiplier=0, clip=kind, clip_norm=0.7, task=problem(hidden=5))
+    generator = torch.Generator().manual_seed(seed)
+    inputs = (torch.randn(size + 1, FEATURES, generator=generator), torch.arange(size + 1) % 2)
+    inputs[0][-1] *= extra
+    x = made.state.x
+    ahead = x + torch.randn(x.shape, generator=generator)
+    places = [(1.0, x)] if points == 1 else [(2.5, ahead), (-1.5, x)]
+    with_it = clipped_sum(made.oracle, made.oracle.inner, x, inputs, places)
+    without = clipped_sum(made.oracle, made.oracle.inner, x, tuple(t[:-1] for t in inputs), places)
+    bound = made.oracle._clip.sensitivity
+    assert float(row_norm(with_it - without)) <= bound * (1 + 1e-5)
+    assert bound == pytest.approx(1.0 if kind == "reparametrised" else 0.7)
+
+
+# --- noise ------------------------------------------------------------------------------------
+
+
+def noise_of(mode, n=4, calls=1, width=250_000, sigma=2.0):
+    """Return the rows' noise, (calls, n, width), in units where the sum has ``sigma``."""
+    wide = problem(n)
+    wide.module = nn.Linear(FEATURES, width, bias=False)
+    wide.loss = lambda model, inputs: model(inputs[0]).sum() * 0
+    algorithm = DSGD(optimizer=SGD(lr=0.1)) if mode == "local" else None
+    made = program(n, noise_multiplier=sigma, noise_mode=mode, task=wide, algorithm=algorithm)
+    found = []
+    for _ in range(calls):
+        estimate = made.oracle(made.state.x, made._batches()[0])
+        found.append(estimate.grad * 60 / n)  # times the expected batch of a rank
+        made.comm.step += 1
+    return torch.stack(found), estimate
+
+
+@pytest.mark.parametrize("mode", ["split", "rank0", "replicated"])
+def test_the_noise_of_the_sum_is_sigma_times_the_clip_norm_in_every_mode(mode):
+    noise, estimate = noise_of(mode)
+    total = noise[0].sum(0)
+    assert total.std().item() == pytest.approx(2.0, rel=0.01)
+    assert total.mean().item() == pytest.approx(0.0, abs=0.01)
+    mean = (noise[0] / 15).mean(0)
+    assert estimate.mean_origin.noise_var == pytest.approx(mean.var().item(), rel=0.02)
+
+
+def test_split_noise_is_independent_between_ranks_and_calls():
+    noise, _ = noise_of("split", calls=2)
+    rows = torch.cat([noise[0], noise[1]])
+    apart = torch.corrcoef(rows) - torch.eye(8)
+    assert apart.abs().max() < 5e-3
+    assert rows.std(dim=1).sub(2.0 / 2).abs().max() < 0.01
+
+
+def test_replicated_noise_is_the_same_on_every_rank():
+    noise, _ = noise_of("replicated", width=1000)
+    assert torch.equal(noise[0], noise[0][:1].expand(4, -1))
+
+
+def test_local_noise_is_whole_on_every_rank():
+    noise, estimate = noise_of("local")
+    assert noise[0].std(dim=1).sub(2.0).abs().max() < 0.02
+    assert estimate.origin.noise_var == pytest.approx((2.0 / 15) ** 2)
+    assert estimate.mean_origin.noise_var == pytest.approx((2.0 / 15) ** 2 / 4)
+
+
+@pytest.mark.parametrize("mode", ["split", "local"])
+def test_ranks_with_one_key_are_an_error(mode, monkeypatch):
+    monkeypatch.setattr("gossamer.algorithms.privacy.noise._key", lambda *_: 7)
+    algorithm = DSGD(optimizer=SGD(lr=0.1))
+    with pytest.raises(ConfigError, match="two ranks would draw the same"):
+        program(4, noise_multiplier=1, noise_mode="local", algorithm=algorithm)
+
+
+def test_without_a_seed_two_runs_draw_other_noise():
+    rows = [run(program(noise_multiplier=1, noise_seed=None), 1).state.x.clone() for _ in range(2)]
+    assert not torch.equal(*rows)
+    same = [run(program(noise_multiplier=1), 1).state.x.clone() for _ in range(2)]
+    assert torch.equal(*same)
+
+
+# --- sampling and accounting ------------------------------------------------------------------
+
+
+def test_empty_batches_get_noise_and_count():
+    task = problem(4, examples=200)
+    made = program(4, noise_multiplier=1.0, task=task, backprop={"batch_size": 1})
+    before, empty = made.state.x.clone(), 0
+    for _ in range(200):
+        empty += sum(len(batch) == 0 for batch in made._batches()[0])
+        made.step()
+        assert not torch.equal(made.state.x, before)
+        before = made.state.x.clone()
+        made.comm.step += 1
+    assert empty > 200  # q = .02 of 50: a rank's batch is empty in a third of the steps
+    said = made.oracle.statement()["privacy"]
+    assert said["steps"] == 200
+    assert said["rate"] == pytest.approx(0.02)
+
+
+def test_the_rate_is_one_for_all_ranks_where_shards_differ():
+    task = problem(4, examples=203)
+    made = program(4, noise_multiplier=1.0, task=task, backprop={"batch_size": 10})
+    sizes = torch.zeros(4)
+    for _ in range(400):
+        sizes += torch.tensor([len(b) for b in made._batches()[0]])
+        made.comm.step += 1
+    share = sizes / torch.tensor([len(s) for s in task.shards]) / 400
+    assert (share - 40 / 203).abs().max() < 0.01
+
+
+def test_epsilon_reaches_its_target_at_the_last_step():
+    made = run(program(epsilon=3.0, delta=1e-4, steps=20), 20)
+    said = made.oracle.statement()["privacy"]
+    assert 2.9 < said["epsilon_if_secret"] <= 3.0
+    with pytest.raises(ConfigError, match="more gradients than the 20"):
+        made.step()
+
+
+def test_two_gradients_of_one_batch_are_refused():
+    made = program(noise_multiplier=1.0)
+    batch = made._batches()[0]
+    made.oracle(made.state.x, batch)
+    with pytest.raises(ConfigError, match="two gradients of one batch"):
+        made.oracle(made.state.x, batch)
+
+
+@pytest.mark.parametrize("clip", ["flat", "adaptive"])
+def test_a_resumed_run_repeats_the_undisturbed_one_and_its_epsilon(clip):
+    options = {"noise_multiplier": 1.0, "clip": clip, "delta": 1e-4}
+    whole = run(program(2, **options), 6)
+    half = run(program(2, **options), 3)
+    tensors, scalars = half.snapshot()
+    resumed = program(2, **options, seed=0)
+    resumed.restore({k: v.clone() for k, v in tensors.items()}, scalars)
+    resumed.comm.step = 3
+    run(resumed, 3)
+    assert torch.equal(resumed.state.x, whole.state.x)
+    assert resumed.oracle.spent() == whole.oracle.spent()
+
+
+def test_a_checkpoint_without_history_is_refused():
+    made = program(noise_multiplier=1.0)
+    tensors, scalars = made.snapshot()
+    bare = {k: v for k, v in tensors.items() if "history" not in k}
+    with pytest.raises(ConfigError, match="no history of private releases"):
+        made.restore(bare, scalars)
+
+
+def test_adaptive_clipping_finds_the_quantile():
+    made = program(noise_multiplier=1.0, clip="adaptive", clip_norm=20.0)
+    run(made, 60)
+    norm = made.oracle._clip.norm
+    keep = clipping.AdaptiveClip(norm)
+    made.oracle.inner.clipped(made.state.x, [Batch(made.problem.train[torch.arange(240)])], keep)
+    assert abs(keep.unclipped / 240) < 0.2
+
+
+# --- what is shown and what is refused --------------------------------------------------------
+
+
+def test_figures_of_the_training_examples_are_hidden_or_marked():
+    hidden = program(noise_multiplier=1.0)
+    assert set(hidden.step()) == set()
+    assert not {"loss", "grad_norm"} & set(hidden.evaluate())
+    assert "test_loss" in hidden.evaluate()
+    shown = program(noise_multiplier=1.0, show_nonprivate=True)
+    assert set(shown.step()) == {"nonprivate_batch_loss", "nonprivate_batch_size"}
+    assert {"nonprivate_loss", "nonprivate_grad_norm"} <= set(shown.evaluate())
+
+
+def test_the_statement_says_not_private_where_the_noise_is_repeatable():
+    said = program(noise_multiplier=1.0).oracle.statement()["privacy"]
+    assert not said["private"]
+    assert "NOT PRIVATE" in said["reservations"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "epsilon or noise_multiplier"),
+        ({"epsilon": 1.0, "noise_multiplier": 1.0}, "epsilon or noise_multiplier"),
+        ({"noise_multiplier": 1.0, "accountant": "gdp"}, "use prv or rdp"),
+        ({"noise_multiplier": 1.0, "delta": 1 / EXAMPLES}, "delta"),
+        ({"noise_multiplier": 1.0, "backprop": {"sampling": "shuffle"}}, "no Poisson accounting"),
+        ({"noise_multiplier": 1.0, "backprop": {"batch_size": 1000}}, "full"),
+        ({"noise_multiplier": 1.0, "backprop": {"vectorize": True}}, "vectorize"),
+        ({"epsilon": 1.0}, "number of steps"),
+    ],
+)
+def test_what_cannot_be_private_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(program(**options), 1)
+
+
+@pytest.mark.parametrize("mode", ["split", "rank0", "replicated"])
+def test_noise_of_the_mean_is_refused_where_ranks_show_their_own(mode):
+    algorithm = DSGD(optimizer=SGD(lr=0.1))
+    with pytest.raises(ConfigError, match=rf"noise_mode: {mode} protects the mean.*use local"):
+        program(4, noise_multiplier=1.0, noise_mode=mode, algorithm=algorithm)

@@ -1,0 +1,148 @@
+"""Filters around an oracle in a run: restarts, resumes, what is refused and what is said."""
+
+import logging
+
+import pytest
+import torch
+from quadratic_for_tests import STACKS, Quadratic, Run, given_rows, gradients, random_rows
+from torch import nn
+
+from gossamer.algorithms.optimizers.sgd import SGD
+from gossamer.algorithms.privacy.disk import Disk
+from gossamer.algorithms.privacy.doppler import Doppler
+from gossamer.algorithms.protocols import Origin
+from gossamer.algorithms.registry import find
+from gossamer.runtime import ConfigError
+from gossamer.runtime.component import validate
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_restart_of_the_gradients_starts_the_filter_anew(stack):
+    rows = random_rows(30)
+    rows[:12] *= 1e30  # nothing of it may be left over
+    after = gradients(STACKS[stack](inner=given_rows(rows, restart_at=12)), SGD(lr=1e-40), 30)[12:]
+    fresh = gradients(STACKS[stack](inner=given_rows(rows[12:])), SGD(lr=1e-40), 18)
+    assert after[0].origin.restart
+    for ours, theirs in zip(after, fresh, strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+        assert ours.origin.noise_var == theirs.origin.noise_var
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_resumed_run_goes_on_to_the_bit(stack, dtype):
+    def run():
+        return Run(STACKS[stack](inner=Quadratic(noise=0.3, dtype=dtype)), SGD(lr=0.5))
+
+    whole, found, expected = run(), [], []
+    whole.steps(7)
+    saved = {k: v.clone() for k, v in whole.oracle.state_dict().items()}
+    x, step = whole.x.clone(), whole.comm.step
+    whole.steps(9, lambda x, e: expected.append((x, e.grad.clone(), e.origin)))
+
+    resumed = run()
+    resumed.steps(3)  # whatever was there before is overwritten
+    resumed.oracle.load_state_dict(saved)
+    resumed.x.copy_(x)
+    resumed.comm.step = step
+    resumed.steps(9, lambda x, e: found.append((x, e.grad.clone(), e.origin)))
+    for (x1, g1, o1), (x2, g2, o2) in zip(found, expected, strict=True):
+        assert torch.equal(x1, x2)
+        assert torch.equal(g1, g2)
+        assert o1 == o2
+
+
+@pytest.mark.parametrize("stack", ["doppler butter2", "disk 0.5 0.7"])
+def test_a_checkpoint_of_another_filter_is_refused(stack):
+    run = Run(STACKS[stack](inner=Quadratic()), SGD(lr=0.5))
+    with pytest.raises(ConfigError, match="resume: the checkpoint has no"):
+        run.oracle.load_state_dict({})
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(stack):
+    rows = nn.functional.pad(random_rows(12, local=5).float(), (0, 8))  # whole 64 bytes a row
+    many = gradients(
+        STACKS[stack](inner=given_rows(rows, dtype="float32")), SGD(lr=0.1), 12, ranks=5
+    )
+    few = gradients(
+        STACKS[stack](inner=given_rows(rows[:, :2], dtype="float32")), SGD(lr=0.1), 12, ranks=2
+    )
+    for a, b in zip(many, few, strict=True):
+        assert torch.equal(a.grad[:2], b.grad)
+
+
+@pytest.mark.parametrize("stack", ["doppler ema", "doppler none", "disk 0.5 0.7"])
+def test_a_gradient_in_slices_is_refused(stack):
+    oracle = STACKS[stack](inner=Quadratic())
+    run = Run(oracle, SGD(lr=0.1))
+    with pytest.raises(ConfigError, match="cannot hand a gradient out in slices"):
+        oracle(run.x, [None] * 2, sink=lambda where, grad: None)
+
+
+@pytest.mark.parametrize("kind", ["doppler", "disk"])
+def test_two_filters_are_refused(kind):
+    cls = find("oracle", kind)
+    for inner in (Doppler(inner=Quadratic()), Disk(inner=Quadratic())):
+        with pytest.raises(ConfigError, match=r"oracle\.inner: .* filters already"):
+            validate(cls, {"inner": inner}, "oracle")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"a": [-1.2], "b": [0.1]}, r"oracle\.a: the filter is unstable.*multiply every a_k"),
+        ({"a": [-0.5]}, r"oracle\.b: missing"),
+        ({"b": [0, 1]}, r"oracle\.b: b_0 must not be 0"),
+        ({"b": [1, -1]}, r"oracle\.b: the filter answers a constant by 0"),
+        ({"filter": "butter2"}, r"oracle\.cutoff: missing"),
+        ({"filter": "butter2", "cutoff": 0.1, "beta": 0.5}, r"oracle\.beta: has no effect"),
+        ({"filter": "ema", "b": [1.0]}, r"oracle\.b: has no effect with filter ema"),
+        ({"filter": "emaa"}, r"oracle\.filter: must be"),
+        ({"beta": 1.0}, r"oracle\.beta: must be less than 1"),
+        ({"gamma": 1.0}, r"oracle\.gamma: unknown field"),
+    ],
+)  # fmt: skip
+def test_a_doppler_that_cannot_serve_is_refused_with_the_field(values, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(Doppler, {**values, "inner": Quadratic()}, "oracle")
+
+
+@pytest.mark.parametrize("values", [{"kappa": 0}, {"kappa": 1.5}, {"gamma": -0.1}])
+def test_a_disk_that_cannot_serve_is_refused_with_the_field(values):
+    with pytest.raises(ConfigError, match=r"oracle\.(kappa|gamma): must be"):
+        validate(Disk, {**values, "inner": Quadratic()}, "oracle")
+
+
+def test_a_gain_that_vanishes_is_refused_when_the_run_is_long_enough_to_meet_it():
+    oracle = Doppler(inner=Quadratic(), b=[1.0, -1.0, 1.0])
+    oracle.start(1, 1)
+    for steps, draws in ((2, 1), (1, 2), (None, 1)):
+        with pytest.raises(ConfigError, match=r"oracle\.b: .* at call 1"):
+            oracle.start(steps, draws)
+
+
+def test_a_filter_that_outlasts_the_run_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING, "gossamer"):
+        Doppler(inner=Quadratic(), beta=0.99).start(20, 1)
+        Doppler(inner=Quadratic(), filter="cheby_default").start(1000, 1)
+        assert not caplog.records
+        Doppler(inner=Quadratic(), filter="cheby_default").start(200, 1)
+    assert "cheby_default still rings" in caplog.text
+
+
+def test_the_statement_names_the_filter_and_what_it_leaves_of_the_noise():
+    ema = Doppler(inner=Quadratic()).statement()["filter"]
+    assert (ema["filter"], ema["a"]) == ("ema", [-0.9])
+    assert ema["rho_inf"] == pytest.approx(0.1 / 1.9)
+    disk = Disk(inner=Quadratic(), kappa=0.5, gamma=0).statement()["filter"]
+    assert disk == {"name": "disk", "kappa": 0.5, "gamma": 1.0, "evaluations": 1,
+                    "rho_inf": pytest.approx(1 / 3)}  # fmt: skip
+
+
+def test_without_known_noise_nothing_is_claimed():
+    rows = random_rows(3)
+    inner = given_rows(rows)
+    for estimate in gradients(Doppler(inner=Quadratic()), SGD(lr=0.1), 3):
+        assert estimate.origin == Origin()
+    assert gradients(inner, SGD(lr=0.1), 1)[0].origin.noise_var == 1
