@@ -35,6 +35,7 @@ def render_page(runs: Sequence[RunRecord], title: str) -> str:
         subtitle=escape(_subtitle(runs)),
         facts=_facts(runs),
         table=_table(runs, colors),
+        privacy=_privacy(runs, colors),
         switches=_switch_rules(),
         curves=_curves(runs, colors),
         graphs="".join(_graph(graph) for graph in graphs_of(runs, colors[0])),
@@ -138,6 +139,44 @@ def _legend(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
         for run, color in zip(runs, colors, strict=True)
     )
     return f'<div class="legend">{"".join(entries)}</div>'
+
+
+def _privacy(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
+    """Return what the private runs state, a column each; nothing where none is private."""
+    stated = [
+        (run, color, {**run.summary["privacy"], **_filter(run)})
+        for run, color in zip(runs, colors, strict=True)
+        if "privacy" in run.summary
+    ]
+    if not stated:
+        return ""
+    head = "".join(f"<th>{_dot(color)}{escape(run.name)}</th>" for run, color, _ in stated)
+    body = ""
+    for key in dict.fromkeys(key for *_, said in stated for key in said):
+        values = [said.get(key) for *_, said in stated]
+        cells = "".join(f"<td class='text'>{escape(_said(value))}</td>" for value in values)
+        if len(values) > 1 and all(value == values[0] for value in values):
+            cells = f"<td class='text' colspan='{len(values)}'>{escape(_said(values[0]))}</td>"
+        body += f"<tr><td class='text'>{escape(key.replace('_', ' '))}</td>{cells}</tr>"
+    return (
+        "<h2>Privacy</h2><div class='card scroll stated'><table><thead><tr><th></th>"
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _filter(run: RunRecord) -> dict[str, Any]:
+    found = run.summary.get("filter")
+    return {} if found is None else {"filter": found}
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_said(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_said, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format_value("", value)
 
 
 # --- curves -----------------------------------------------------------------------------------

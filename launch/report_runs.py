@@ -31,6 +31,7 @@ COLUMNS = (
     "steps",
     "loss",
     "accuracy",
+    "epsilon",
     "grad_norm",
     "consensus",
     "bytes_sent",
@@ -87,6 +88,7 @@ def table_row(run: RunRecord) -> dict[str, Any]:
     if isinstance(named["topology"], dict):
         named["topology"] = named["topology"].get("name")
     row = {"run": run.name, "ranks": run.config.get("ranks"), **summary, **named}
+    row["epsilon"] = summary.get("privacy", {}).get("epsilon")  # where it is a guarantee
     return {column: row.get(column) for column in COLUMNS}
 
 

@@ -86,6 +86,12 @@ class Resumption:
                 f"{_first_difference(*here)}; use the config.yaml of its run"
             )
         require_steps_left(checkpoint, experiment.config.steps, folder)
+        if self._elsewhere and program.oracle.training_figures != "open":
+            raise ConfigError(
+                f"ranks: {checkpoint.folder} is of a private run on {checkpoint.meta['n']} ranks, "
+                f"whose keys and spent epsilon {comm.n} ranks cannot go on with; resume with "
+                f"ranks: {checkpoint.meta['n']}"
+            )
         self._mean: dict[str, torch.Tensor] | None = None
         self._rows: dict[str, torch.Tensor] = {}
         if self._elsewhere:

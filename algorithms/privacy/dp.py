@@ -124,7 +124,9 @@ class DP(OracleWrapper):
         sizes = [len(shard) for shard in problem.shards]
         if not sizes:
             raise ConfigError("oracle: dp needs a finite dataset, the task is a stream")
-        if "sampling" in self.inner.model_fields_set and plan.sampling != "full":
+        # A resolved configuration spells the default out: it stands for the coins of dp.
+        field = type(self.inner).model_fields.get("sampling")
+        if plan.sampling not in ("full", "poisson", field and field.default):
             raise ConfigError(
                 f"oracle.sampling: {plan.sampling} batches have no Poisson accounting, which dp "
                 "needs; leave it out (coins are tossed for each example), or 'full'"
@@ -311,6 +313,7 @@ class DP(OracleWrapper):
             "keys": self._noise.keys.clone(),
             "clip_norm": torch.full((local, 1), norm, dtype=torch.float64),
             "history": history.expand(local, *history.shape).clone(),
+            "planned": torch.full((local, 1), self._planned or 0, dtype=torch.int64),
         }
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
@@ -323,6 +326,13 @@ class DP(OracleWrapper):
             raise ConfigError(
                 "resume: the checkpoint has no history of private releases, so that nobody knows "
                 "the epsilon spent; start from its parameters instead, in a new run"
+            )
+        planned = int(state["planned"][0])
+        if self.epsilon is not None and planned != (self._planned or 0):
+            raise ConfigError(
+                f"oracle.epsilon: the noise so far was found for {planned} gradients, this run "
+                f"asks for {self._planned}; resume with the same steps, or write noise_multiplier "
+                "instead of epsilon"
             )
         self._noise.keys = state["keys"].clone()
         if isinstance(self._clip, AdaptiveClip):

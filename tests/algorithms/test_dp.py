@@ -227,6 +227,13 @@ def test_a_resumed_run_repeats_the_undisturbed_one_and_its_epsilon(clip):
     assert resumed.oracle.spent() == whole.oracle.spent()
 
 
+def test_a_target_is_for_the_steps_it_was_found_for():
+    tensors, scalars = program(epsilon=3.0, delta=1e-4, accountant="rdp", steps=5).snapshot()
+    longer = program(epsilon=3.0, delta=1e-4, accountant="rdp", steps=9)
+    with pytest.raises(ConfigError, match="found for 5 gradients, this run asks for 9"):
+        longer.restore(tensors, scalars)
+
+
 def test_a_checkpoint_without_history_is_refused():
     made = program(noise_multiplier=1.0)
     tensors, scalars = made.snapshot()
@@ -270,7 +277,7 @@ def test_the_statement_says_not_private_where_the_noise_is_repeatable():
         ({"epsilon": 1.0, "noise_multiplier": 1.0}, "epsilon or noise_multiplier"),
         ({"noise_multiplier": 1.0, "accountant": "gdp"}, "use prv or rdp"),
         ({"noise_multiplier": 1.0, "delta": 1 / EXAMPLES}, "delta"),
-        ({"noise_multiplier": 1.0, "backprop": {"sampling": "shuffle"}}, "no Poisson accounting"),
+        ({"noise_multiplier": 1.0, "backprop": {"sampling": "replacement"}}, "no Poisson account"),
         ({"noise_multiplier": 1.0, "backprop": {"batch_size": 1000}}, "full"),
         ({"noise_multiplier": 1.0, "backprop": {"vectorize": True}}, "vectorize"),
         ({"epsilon": 1.0}, "number of steps"),

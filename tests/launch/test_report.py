@@ -14,6 +14,7 @@ from gossamer.launch.cli import app
 from gossamer.launch.recorder import Recorder, to_json
 from gossamer.launch.report import finish, write_report
 from gossamer.launch.report_charts import charts_of, draw_chart, run_colors
+from gossamer.launch.report_page import render_page
 from gossamer.launch.report_runs import format_value, read_runs, table_row
 from gossamer.launch.start import start_run
 from gossamer.launch.status import exit_status
@@ -165,6 +166,22 @@ def test_figures_over_decades_are_drawn_on_a_log_scale_without_the_rounding_of_s
     assert not [label for label in labels if "e-" in label]
 
 
+def test_private_runs_state_their_privacy(tmp_path):
+    said = {"private": True, "epsilon": 3.98, "trust": "one <rank> holds all"}
+    seeded = {"private": False, "epsilon_if_secret": 4.0, "reservations": ["NOT PRIVATE: why"]}
+    runs = [
+        synthetic_run(tmp_path / "a", [], {"privacy": said, "filter": {"name": "disk"}}),
+        synthetic_run(tmp_path / "b", [], {"privacy": seeded}),
+        synthetic_run(tmp_path / "c", []),
+    ]
+    page = render_page(runs, "three")
+    privacy = page.split("<h2>Privacy</h2>")[1].split("</table>")[0]
+    for words in ("3.98", "one &lt;rank&gt; holds all", "name disk", "NOT PRIVATE: why"):
+        assert words in privacy
+    assert [table_row(run)["epsilon"] for run in runs] == [3.98, None, None]
+    assert "<h2>Privacy</h2>" not in render_page(runs[2:], "one")
+
+
 def test_a_page_about_long_runs_stays_small(tmp_path):
     records = [{"step": s, "loss": 1 / (s + 1), "bytes_sent": s} for s in range(20_000)]
     run = synthetic_run(tmp_path / "run", records)
@@ -262,10 +279,10 @@ def test_figures_are_shown_as_people_read_them(column, value, shown):
     assert format_value(column, value) == shown
 
 
-def synthetic_run(folder: Path, records):
+def synthetic_run(folder: Path, records, summary=None):
     folder.mkdir()
     (folder / "config.yaml").write_text("ranks: 4\n")
-    (folder / "summary.json").write_text("{}")
+    (folder / "summary.json").write_text(json.dumps(summary or {}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return read_runs([folder])[0]
 
