@@ -105,6 +105,7 @@ class DataPlan:
             ``batch_size`` over the length of the rank's shard.
         seed_of: rank -> seed of its coins under ``poisson``, where they must stay secret; asked
             for at every draw. None: the run's seed.
+        shards: per rank, int64 places in the training set to draw from; None: the problem's own.
     """
 
     batch_size: int
@@ -112,6 +113,7 @@ class DataPlan:
     indices: bool = False
     rate: float | None = None
     seed_of: Callable[[int], int] | None = None
+    shards: tuple[np.ndarray, ...] | None = None
 
 
 Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
@@ -274,6 +276,18 @@ class Oracle(Component, ABC):
             ConfigError: what was asked for cannot be had in so many calls.
         """
 
+    def restart(self, calls: int | None) -> None:
+        """Start anew in the middle of a run; every process calls it, and may exchange messages.
+
+        What was kept of former gradients is dropped: from now on they come from another source.
+
+        Args:
+            calls: how many are to come until the end of the run; None when open-ended.
+
+        Raises:
+            ConfigError: what was asked for cannot be had in so many calls.
+        """
+
     @property
     @abstractmethod
     def layout(self) -> RowLayout:
@@ -367,6 +381,10 @@ class OracleWrapper(Oracle):
     def start(self, steps: int | None, draws: int) -> None:
         """Start the inner oracle."""
         self.inner.start(steps, draws)
+
+    def restart(self, calls: int | None) -> None:
+        """Restart the inner oracle."""
+        self.inner.restart(calls)
 
     @property
     def layout(self) -> RowLayout:

@@ -31,6 +31,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "disk": "privacy.disk:Disk",
         "doppler": "privacy.doppler:Doppler",
         "dp": "privacy.dp:DP",
+        "public": "privacy.public:PublicData",
     },
     "optimizer": {
         "sgd": "optimizers.sgd:SGD",

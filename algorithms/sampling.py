@@ -61,7 +61,7 @@ class Sampler:
         """Get ready to draw.
 
         Args:
-            problem: whose training examples are drawn.
+            problem: whose training examples are drawn, unless the plan says from which.
             plan: how the oracle wants them.
             ranks: those hosted here.
             seed: of the draws, the run's.
@@ -73,9 +73,10 @@ class Sampler:
         self._problem, self._plan = problem, plan
         self._ranks, self._seed = tuple(ranks), seed
         self._random = Random(seed)
+        self._shards = problem.shards if plan.shards is None else plan.shards
         self._is_stream = hasattr(problem.train, "draw")
         self._check()
-        self._groups = [] if self._is_stream else _group(problem.shards, self._ranks)
+        self._groups = [] if self._is_stream else _group(self._shards, self._ranks)
         self._epochs: dict[int, tuple[int, np.ndarray]] = {}
         self._whole: list[Batch] | None = None
 
@@ -91,7 +92,7 @@ class Sampler:
             return [self._fresh(step, draw) for draw in range(count)]
         if self._plan.sampling == "full":
             if self._whole is None:
-                self._whole = self._fetch([self._problem.shards[rank] for rank in self._ranks])
+                self._whole = self._fetch([self._shards[rank] for rank in self._ranks])
             return [self._whole] * count
         places: list[np.ndarray] = []
         for draw in range(count):
@@ -172,7 +173,7 @@ class Sampler:
                 )
             return
         # Of all ranks, not of the hosted ones only: all processes refuse, or none.
-        for rank, length in enumerate(map(len, self._problem.shards)):
+        for rank, length in enumerate(map(len, self._shards)):
             if length == 0:
                 raise ConfigError(
                     f"task: rank {rank} has no training example; use fewer ranks, or another split"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gossamer.launch.commands import bench, topology
+from gossamer.launch.commands import analyze, bench, topology
 from gossamer.launch.commands.algorithms import algorithms
 from gossamer.launch.commands.doctor import doctor
 from gossamer.launch.commands.plan import plan
@@ -66,6 +66,7 @@ app.command()(algorithms)
 app.command()(plan)
 app.add_typer(topology.app, name="topology")
 app.add_typer(bench.app, name="bench")
+app.add_typer(analyze.app, name="analyze")
 app.command()(submit)
 app.command()(doctor)
 app.command()(reproduce)

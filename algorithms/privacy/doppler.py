@@ -140,6 +140,11 @@ class Doppler(GradientFilter):
         self._response = Response(self._coefficients)
         return plan
 
+    def restart(self, calls: int | None) -> None:
+        """Forget the former rows, and what they weighed."""
+        super().restart(calls)
+        self._response = Response(self._coefficients)
+
     def start(self, steps: int | None, draws: int) -> None:
         """Start the inner oracle, and check the filter over the calls of the run."""
         super().start(steps, draws)

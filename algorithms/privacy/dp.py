@@ -175,19 +175,39 @@ class DP(OracleWrapper):
     def start(self, steps: int | None, draws: int) -> None:
         """Find sigma, and compare the ranks' noise; exchanges messages."""
         self.inner.start(steps, draws)
-        self._planned = None if steps is None else steps * draws
+        self._find_sigma(None if steps is None else steps * draws)
+        self._noise.agree(self.inner.layout)
+
+    def restart(self, calls: int | None) -> None:
+        """Find sigma for the releases to come, of which there is none yet; exchanges messages.
+
+        Raises:
+            ConfigError: there were releases, with a sigma found for another number of them.
+        """
+        self.inner.restart(calls)
+        if calls == self._planned:
+            return
+        if self.epsilon is not None and self._history:
+            raise ConfigError(
+                f"oracle.epsilon: sigma was found for {self._planned} gradients, some of which are "
+                "released, and cannot be found anew; use noise_multiplier"
+            )
+        self._find_sigma(calls)
+
+    def _find_sigma(self, releases: int | None) -> None:
+        """Fix the number of releases, and sigma."""
+        self._planned = releases
         if self.noise_multiplier is not None:
             self._sigma = self.noise_multiplier
-        else:
-            if self._planned is None:
-                raise ConfigError("oracle.epsilon: needs a number of steps; or noise_multiplier")
-            assert self.epsilon is not None
-            found = accounting.calibrate(
-                self.epsilon, self._delta, max(self._rates), self._planned, self.accountant
-            )
-            row = torch.full((self._comm.local, 1), found, dtype=torch.float64)
-            self._sigma = float(self._comm.broadcast(row.to(self._comm.device), count=False))
-        self._noise.agree(self.inner.layout)
+            return
+        if releases is None:
+            raise ConfigError("oracle.epsilon: needs a number of steps; or noise_multiplier")
+        assert self.epsilon is not None
+        found = accounting.calibrate(
+            self.epsilon, self._delta, max(self._rates), releases, self.accountant
+        )
+        row = torch.full((self._comm.local, 1), found, dtype=torch.float64)
+        self._sigma = float(self._comm.broadcast(row.to(self._comm.device), count=False))
 
     # --- a step -----------------------------------------------------------------------------
 

@@ -74,6 +74,11 @@ class GradientFilter(OracleWrapper):
         """Calls since it started anew."""
         return int(self._calls[0])
 
+    def restart(self, calls: int | None) -> None:
+        """Forget the former rows."""
+        super().restart(calls)
+        self._calls.zero_()
+
     def _refuse(self, sink: Sink | None) -> None:
         if sink is not None:
             raise ConfigError(
