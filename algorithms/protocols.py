@@ -139,6 +139,8 @@ class Problem:
         weigh: inputs -> how many examples (tokens) the mean of ``loss`` runs over.
         objective: what f is when the user says nothing: the mean over ranks of f_i, or over
             examples.
+        mixes_examples: whether an example's inputs were made with knowledge of other training
+            examples (their mean, say), so that no privacy of single examples can be had.
     """
 
     module: nn.Module
@@ -149,6 +151,7 @@ class Problem:
     score: Score | None = None
     weigh: Callable[[tuple[Tensor, ...]], float] = _count_examples
     objective: Literal["ranks", "examples"] = "ranks"
+    mixes_examples: bool = False
 
 
 class Task(Component, ABC):
@@ -288,6 +291,13 @@ class Oracle(Component, ABC):
             ConfigError: what was asked for cannot be had in so many calls.
         """
 
+    def branch(self) -> None:
+        """Go on otherwise than the run that was resumed might; every process calls it.
+
+        After ``load_state_dict``, where the configuration or the folder is another: secrets that
+        both would use are drawn anew.
+        """
+
     @property
     @abstractmethod
     def layout(self) -> RowLayout:
@@ -329,6 +339,7 @@ class Oracle(Component, ABC):
         clip: Clip,
         *,
         combine: Sequence[tuple[float, Tensor]] | None = None,
+        secret_of: Callable[[int], int] | None = None,
     ) -> Estimate:
         """Return the *sum* over each rank's examples of their gradients, each bounded by ``clip``.
 
@@ -339,6 +350,8 @@ class Oracle(Component, ABC):
             batch: one batch per hosted rank; one without examples gives zeros.
             clip: bounds an example's gradient.
             combine: [(c_k, x_k)]: of each example sum_k c_k grad f(x_k), formed before the bound.
+            secret_of: rank -> seed of what the forward passes draw, where a mask that is known
+                would tell which examples a batch has.
 
         Raises:
             ConfigError: this oracle has no gradients of single examples.
@@ -385,6 +398,10 @@ class OracleWrapper(Oracle):
     def restart(self, calls: int | None) -> None:
         """Restart the inner oracle."""
         self.inner.restart(calls)
+
+    def branch(self) -> None:
+        """Branch the inner oracle."""
+        self.inner.branch()
 
     @property
     def layout(self) -> RowLayout:

@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "bind_tensors.h"
 #include "bindings.h"
-#include "tensors.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

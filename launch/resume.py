@@ -78,6 +78,7 @@ class Resumption:
             ConfigError: another model, a graph the state does not fit, no steps left, broken files.
         """
         self._checkpoint, self._comm, self._program = checkpoint, comm, program
+        self._folder = folder
         self._elsewhere = checkpoint.meta["n"] != comm.n
         here = checkpoint.meta.get("signature"), program.signature()
         if here[0] != here[1]:
@@ -115,6 +116,9 @@ class Resumption:
         if not self._elsewhere:
             require_same_state(checkpoint, self._rows, program)
             program.restore(self._rows, checkpoint.meta["scalars"])
+            in_place = self._folder.resolve() == checkpoint.folder.resolve().parent.parent
+            if self._changes or not in_place:
+                program.oracle.branch()
         if leader and self._changes:
             print(f"gossamer: resuming with another {self._changes}", file=sys.stderr)
         if self._elsewhere:

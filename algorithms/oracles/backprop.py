@@ -6,7 +6,7 @@ gradients views of a gradient row, so that a round is one message and nothing is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ from gossamer.algorithms.protocols import (
     Sink,
 )
 from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
+from gossamer.runtime.random import Random
 
 __all__ = ["Backprop"]
 
@@ -123,6 +124,7 @@ class Backprop(Oracle):
         clip: Clip,
         *,
         combine: Sequence[tuple[float, Tensor]] | None = None,
+        secret_of: Callable[[int], int] | None = None,
     ) -> Estimate:
         """Return each rank's sum of bounded gradients of single examples; the row is reused."""
         if self._per_sample is None:
@@ -138,10 +140,9 @@ class Backprop(Oracle):
 
                 def bind(row: Tensor, i: int = i, rank: int = rank, k: int = k) -> None:
                     self._module_at(row, i)
-                    self._seed_dropout(rank, draw, k)
+                    self._seed_dropout(rank, draw, k, secret_of)
 
-                with self._cast():
-                    loss = self._per_sample.add_clipped(points, chunk, clip, grad[i], bind)
+                loss = self._per_sample.add_clipped(points, chunk, clip, grad[i], bind, self._cast)
                 losses[i] += loss.double().cpu() * (len(chunk[0]) / len(examples))
         counts = torch.tensor([len(b) for b in batch], dtype=torch.float64)
         return Estimate(loss=losses, grad=grad, weight=counts)
@@ -225,10 +226,17 @@ class Backprop(Oracle):
             losses[i] = self._backward(x[i], grad[i], i, examples.inputs)
         return losses
 
-    def _seed_dropout(self, rank: int, draw: int, chunk: int = 0) -> None:
+    def _seed_dropout(
+        self,
+        rank: int,
+        draw: int,
+        chunk: int = 0,
+        secret_of: Callable[[int], int] | None = None,
+    ) -> None:
         """Count the masks of dropout, which come from torch's generator, like any other stream."""
         draw = draw + (chunk << 16)  # a chunk of the batch repeats its masks at every point
-        seed = self._comm.random("dropout", ids=(rank,), draw=draw).seed()
+        random = self._comm.seed if secret_of is None else Random(secret_of(rank))
+        seed = random.stream("dropout", (rank,), self._comm.step, draw).seed()
         # Not torch.manual_seed: where no GPU was used yet it formats a stack (milliseconds).
         torch.default_generator.manual_seed(seed)
         if self._grad.is_cuda:

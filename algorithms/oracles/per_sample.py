@@ -2,7 +2,7 @@
 
 Taps on the layers keep what went in and the gradient of what came out; norms and clipped sums come
 from these (book-keeping, arXiv:2210.00038), so no gradient of a single example is held. A model
-with parameters that no known layer owns, or whose gradients disagree with autograd's on two
+with parameters that no known layer owns, or whose gradients disagree with autograd's on a few
 examples, goes through torch.func instead, one gradient per example.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,11 @@ Points = Sequence[tuple[float, Tensor]]
 """[(c_k, row_k)]: the gradient of an example is sum_k c_k grad f(row_k)."""
 Bind = Callable[[Tensor], None]
 """Makes the module's parameters those of a row (d,)."""
+Cast = Callable[[], AbstractContextManager[Any]]
+"""Makes the precision of a forward pass."""
 
+_CHECKED = 12
+"""Examples whose gradients are compared with autograd's before any is trusted."""
 _MIXES_EXAMPLES = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -75,10 +79,11 @@ class PerSampleGradients:
         """
         self._problem, self._layout, module = problem, layout, problem.module
         for name, layer in module.named_modules():
-            if isinstance(layer, _MIXES_EXAMPLES):
+            if isinstance(layer, _MIXES_EXAMPLES) or getattr(layer, "track_running_stats", False):
                 raise ConfigError(
                     f"task.model: '{name}' is a {type(layer).__name__}, which mixes the examples "
-                    "of a batch, so that none has a gradient of its own; use GroupNorm or LayerNorm"
+                    "of a batch or keeps their statistics, so that none has a gradient of its own; "
+                    "use GroupNorm or LayerNorm"
                 )
         self._owners = _owners(module, layout)
         self.is_tapped = self._owners is not None and self._agrees_with_autograd()
@@ -92,6 +97,7 @@ class PerSampleGradients:
         clip: Clip,
         out: Tensor,
         bind: Bind,
+        cast: Cast = nullcontext,
     ) -> Tensor:
         """Add the sum over examples of their bounded gradients to ``out``.
 
@@ -101,12 +107,13 @@ class PerSampleGradients:
             clip: bounds an example's gradient.
             out: (d,), zero or a sum so far.
             bind: called before each forward pass; repeats its random numbers too.
+            cast: around each forward pass; norms and sums are computed outside it.
 
         Returns:
             (), the mean loss at the first point.
         """
-        find = self._tapped if self.is_tapped else self._by_functions
-        terms, loss = find(points, inputs, bind)
+        find = self._tapped if self.is_tapped and self._weigh_alike(inputs) else self._by_functions
+        terms, loss = find(points, inputs, bind, cast)
         found = [
             squared_norms(terms[s.name], s.shape)
             if terms[s.name]
@@ -120,10 +127,18 @@ class PerSampleGradients:
             add_weighted(merged, factors[:, k], bad, view)
         return loss
 
+    def _weigh_alike(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Say whether an example's share in the loss is 1 / m, whatever the other examples are."""
+        weigh, m = self._problem.weigh, len(inputs[0])
+        if weigh is Problem.weigh:
+            return True
+        weights = [weigh(tuple(t[k : k + 1] for t in inputs)) for k in range(m)]
+        return len(set(weights)) == 1
+
     # --- by taps ----------------------------------------------------------------------------
 
     def _tapped(
-        self, points: Points, inputs: tuple[Tensor, ...], bind: Bind
+        self, points: Points, inputs: tuple[Tensor, ...], bind: Bind, cast: Cast
     ) -> tuple[dict[str, list[Term]], Tensor]:
         """Return the terms of every parameter by name, and the loss at the first point."""
         assert self._owners is not None
@@ -131,7 +146,7 @@ class PerSampleGradients:
         first = None
         for c, row in points:
             bind(row)
-            calls, loss = self._run(inputs)
+            calls, loss = self._run(inputs, cast)
             first = loss if first is None else first
             for call in calls:
                 if not len(call.e):
@@ -145,7 +160,7 @@ class PerSampleGradients:
         assert first is not None
         return terms, first
 
-    def _run(self, inputs: tuple[Tensor, ...]) -> tuple[list[_Call], Tensor]:
+    def _run(self, inputs: tuple[Tensor, ...], cast: Cast) -> tuple[list[_Call], Tensor]:
         assert self._owners is not None
         m, calls = len(inputs[0]), list[_Call]()
         anchor = torch.zeros((), requires_grad=True)
@@ -161,7 +176,8 @@ class PerSampleGradients:
         hooks = [layer.register_forward_hook(tap) for layer in {own[0] for own in self._owners}]
         try:
             with _frozen(self._layout, self._problem.module), torch.enable_grad():
-                loss = self._problem.loss(self._problem.module, inputs)
+                with cast():
+                    loss = self._problem.loss(self._problem.module, inputs)
                 torch.autograd.grad(loss * m, anchor)  # of the mean: an example's share is 1 / m
         finally:
             for hook in hooks:
@@ -169,21 +185,30 @@ class PerSampleGradients:
         return calls, loss.detach()
 
     def _agrees_with_autograd(self) -> bool:
-        """Compare two examples' norms and sum with two backward passes, without dropout."""
+        """Compare examples' norms and sum, in one batch, with a backward pass for each.
+
+        At a point beside x0, where no part of the loss has a gradient of zero by chance; without
+        dropout, but otherwise in training mode.
+        """
         problem, module = self._problem, self._problem.module
-        inputs = _two_examples(problem)
+        device = next(module.parameters()).device
+        inputs = tuple(t.to(device) for t in _some_examples(problem))
         row = self._layout.gather(module, torch.empty(self._layout.d, dtype=self._layout.dtype))
-        row = row.to(next(module.parameters()).device)
-        inputs = tuple(t.to(row.device) for t in inputs)
-        kept = _Keep()
+        before = [p.data for p in module.parameters()]
+        row = row + 0.01 * torch.randn(row.shape, generator=torch.Generator().manual_seed(0)).to(
+            row
+        )
+        row, kept = row.to(device), _Keep()
         modes = [(layer, layer.training) for layer in module.modules()]
-        module.eval()
+        for layer in module.modules():
+            layer.training = not isinstance(layer, nn.modules.dropout._DropoutNd)
+        self._layout.bind(module, row)
         try:
             total = torch.zeros_like(row)
             self.is_tapped = True
             self.add_clipped([(1.0, row)], inputs, kept, total, lambda _: None)
             grads = []
-            for k in range(2):
+            for k in range(len(inputs[0])):
                 loss = problem.loss(module, tuple(t[k : k + 1] for t in inputs))
                 found = torch.autograd.grad(
                     loss, list(self._layout.parameters(module)), allow_unused=True
@@ -195,20 +220,25 @@ class PerSampleGradients:
         finally:
             for layer, mode in modes:
                 layer.training = mode
+            for p, data in zip(module.parameters(), before, strict=True):
+                p.data = data
         squares = torch.stack([torch.stack([g.square().sum() for g in each]) for each in grads])
+        norms, found_norms = squares.sqrt().cpu(), kept.squares.double().sqrt().cpu()
+        scale = norms.max(dim=0).values + 1e-6 * norms.max()  # of each tensor
         sums = [sum(parts) for parts in zip(*grads, strict=True)]
-        scale = float(squares.sum()) + 1e-30
-        norms_agree = bool(((squares - kept.squares.double()).abs() <= 1e-3 * scale).all())
-        apart = sum(
-            float((view.double() - whole).square().sum())
-            for view, whole in zip(self._layout.views(total), sums, strict=True)
+        apart = torch.stack(
+            [
+                (view.double() - whole).norm().cpu()
+                for view, whole in zip(self._layout.views(total), sums, strict=True)
+            ]
         )
-        return norms_agree and apart <= 1e-6 * scale
+        norms_agree = bool(((norms - found_norms).abs() <= 1e-3 * scale + 1e-12).all())
+        return norms_agree and bool((apart <= 1e-3 * len(grads) * scale + 1e-12).all())
 
     # --- by torch.func ----------------------------------------------------------------------
 
     def _by_functions(
-        self, points: Points, inputs: tuple[Tensor, ...], bind: Bind
+        self, points: Points, inputs: tuple[Tensor, ...], bind: Bind, cast: Cast
     ) -> tuple[dict[str, list[Term]], Tensor]:
         problem, layout = self._problem, self._layout
 
@@ -226,7 +256,8 @@ class PerSampleGradients:
         for c, row in points:
             bind(row)
             values = dict(zip([s.name for s in layout.slices], layout.views(row), strict=True))
-            grads, losses = each(values, *inputs)
+            with cast():
+                grads, losses = each(values, *inputs)
             first = losses.detach().mean() if first is None else first
             for name, grad in grads.items():
                 terms[name].append(Dense(_wide(grad)).scaled(c))
@@ -273,12 +304,14 @@ def _frozen(layout: RowLayout, module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _two_examples(problem: Problem) -> tuple[Tensor, ...]:
+def _some_examples(problem: Problem) -> tuple[Tensor, ...]:
+    """Return examples from all over the data: sorted ones keep their classes."""
     train: Any = problem.train
     if hasattr(train, "draw"):
-        drawn: tuple[Tensor, ...] = train.draw(0, 0, 0, 0, 2)
+        drawn: tuple[Tensor, ...] = train.draw(0, 0, 0, 0, _CHECKED)
         return drawn
-    found: tuple[Tensor, ...] = train[torch.tensor([0, len(train) - 1])]
+    count = min(_CHECKED, len(train))
+    found: tuple[Tensor, ...] = train[torch.arange(count) * (len(train) - 1) // max(count - 1, 1)]
     return found
 
 

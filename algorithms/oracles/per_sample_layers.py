@@ -31,12 +31,12 @@ def terms_of(layer: nn.Module) -> Terms | None:
 
 def _linear(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     a, e = _positions(a), _positions(e)
-    return {"weight": Outer(a, e), "bias": Dense(e.sum(1))}
+    return {"weight": Outer(a, e), "bias": _added(e)}
 
 
 def _transposed_linear(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     a, e = _positions(a), _positions(e)
-    return {"weight": Outer(e, a), "bias": Dense(e.sum(1))}
+    return {"weight": Outer(e, a), "bias": _added(e)}
 
 
 def _embedding(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
@@ -51,7 +51,7 @@ def _convolution(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     padding = layer.padding
     assert not isinstance(padding, str)
-    bias = Dense(e.flatten(2).sum(2))
+    bias = _added(e.flatten(2).mT)
     if isinstance(layer, nn.Conv1d):  # a picture of height 1
         a, kernel = a[:, :, None], (1, *layer.kernel_size)
         geometry = [(1, *layer.dilation), (0, *padding), (1, *layer.stride)]
@@ -83,13 +83,19 @@ def _group_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     assert isinstance(layer, nn.GroupNorm)
     normal = F.group_norm(a, layer.num_groups, eps=layer.eps).reshape(*a.shape[:2], -1)
     e = e.reshape(*e.shape[:2], -1)
-    return {"weight": Dense((e * normal).sum(2)), "bias": Dense(e.sum(2))}
+    return {"weight": _added((e * normal).mT), "bias": _added(e.mT)}
 
 
 def _scale_and_shift(normal: Tensor, e: Tensor, dims: int) -> dict[str, Term]:
     shape = e.shape[-dims:]
     normal, e = normal.reshape(len(e), -1, *shape), e.reshape(len(e), -1, *shape)
-    return {"weight": Dense((e * normal).sum(1)), "bias": Dense(e.sum(1))}
+    return {"weight": _added(e * normal), "bias": _added(e)}
+
+
+def _added(values: Tensor) -> Dense:
+    """Return the sums over positions of (m, t, ...), and what their rounding may add."""
+    mass = values.flatten(2).norm(dim=2).sum(1)
+    return Dense(values.sum(1), mass * (values.shape[1] * torch.finfo(values.dtype).eps))
 
 
 def _positions(values: Tensor) -> Tensor:

@@ -41,13 +41,23 @@ class Outer:
 
     def dense(self, shape: torch.Size) -> Dense:
         """Return the gradients themselves, (m, *shape)."""
-        return Dense(torch.einsum("mtq,mtp->mqp", self.e, self.a).reshape(-1, *shape))
+        g = torch.einsum("mtq,mtp->mqp", self.e, self.a).reshape(-1, *shape)
+        return Dense(g, self.rounding())
 
     def squares(self) -> Tensor:
-        """Return the squared norms, (m,), by Gram matrices: O(t^2 (p + q)) per example."""
-        if self.a.shape[1] == 1:
-            return self.a.square().sum((1, 2)) * self.e.square().sum((1, 2))
-        return (self.a @ self.a.mT).mul_(self.e @ self.e.mT).sum((1, 2))
+        """Return the squared norms, (m,), by Gram matrices: O(t^2 (p + q)) per example.
+
+        In float64: positions may cancel, and a norm that is too small is no bound.
+        """
+        a, e = self.a.double(), self.e.double()
+        if a.shape[1] == 1:
+            return a.square().sum((1, 2)) * e.square().sum((1, 2))
+        return (a @ a.mT).mul_(e @ e.mT).sum((1, 2)).clamp_(min=0)
+
+    def rounding(self) -> Tensor:
+        """Return bounds (m,) on what float32 sums over positions may add to a gradient."""
+        mass: Tensor = (self.a.norm(dim=2) * self.e.norm(dim=2)).sum(1)
+        return mass * (self.a.shape[1] * torch.finfo(self.a.dtype).eps)
 
     @property
     def is_wide(self) -> bool:
@@ -84,7 +94,7 @@ class Lookup:
         """Return the gradients themselves, (m, *shape)."""
         out = self.e.new_zeros(len(self.tokens), *shape)
         at = self.tokens[..., None].expand_as(self.e)
-        return Dense(out.scatter_add_(1, at, self.e))
+        return Dense(out.scatter_add_(1, at, self.e), self.rounding())
 
     def squares(self) -> Tensor:
         """Return the squared norms, (m,): equal tokens of an example are added first."""
@@ -92,11 +102,16 @@ class Lookup:
         examples = torch.arange(m, device=self.e.device)[:, None]
         keys = examples * (int(self.tokens.max()) + 1) + self.tokens
         found, place = torch.unique(keys, return_inverse=True)
-        sums = self.e.new_zeros(len(found), self.e.shape[2])
-        sums.index_add_(0, place.flatten(), self.e.flatten(0, 1))
+        sums = torch.zeros(len(found), self.e.shape[2], dtype=torch.float64, device=self.e.device)
+        sums.index_add_(0, place.flatten(), self.e.double().flatten(0, 1))
         owner = torch.empty_like(found)
         owner[place.flatten()] = examples.expand_as(place).flatten()
-        return self.e.new_zeros(m).index_add_(0, owner, sums.square().sum(1))
+        return sums.new_zeros(m).index_add_(0, owner, sums.square().sum(1))
+
+    def rounding(self) -> Tensor:
+        """Return bounds (m,) on what float32 sums over positions may add to a gradient."""
+        mass: Tensor = self.e.norm(dim=2).sum(1)
+        return mass * (self.e.shape[1] * torch.finfo(self.e.dtype).eps)
 
     def add_to_(self, out: Tensor, factors: Tensor) -> None:
         """Add ``sum_i factors_i g_i`` to the table's gradient ``out``."""
@@ -110,25 +125,31 @@ class Dense:
 
     Attributes:
         g: (m, *shape of the parameter).
+        slack: (m,), what rounding may have added to each; None: nothing.
     """
 
     g: Tensor
+    slack: Tensor | None = None
 
     def scaled(self, c: float) -> Dense:
         """Return the term times c."""
-        return Dense(self.g * c)
+        return Dense(self.g * c, None if self.slack is None else self.slack * abs(c))
 
     def cleared(self, bad: Tensor) -> Dense:
         """Return the term with the examples ``bad`` (m,) at zero."""
-        return Dense(_zeroed(self.g, bad))
+        return Dense(_zeroed(self.g, bad), self.slack)
 
     def dense(self, shape: torch.Size) -> Dense:
         """Return the term."""
-        return Dense(self.g.reshape(-1, *shape))
+        return Dense(self.g.reshape(-1, *shape), self.slack)
 
     def squares(self) -> Tensor:
         """Return the squared norms, (m,)."""
-        return self.g.flatten(1).square().sum(1)
+        return self.g.flatten(1).double().square().sum(1)
+
+    def rounding(self) -> Tensor:
+        """Return bounds (m,) on what rounding may have added."""
+        return self.g.new_zeros(len(self.g)) if self.slack is None else self.slack
 
     def add_to_(self, out: Tensor, factors: Tensor) -> None:
         """Add ``sum_i factors_i g_i`` to the parameter's gradient ``out``."""
@@ -139,7 +160,10 @@ Term = Outer | Lookup | Dense
 
 
 def squared_norms(terms: Sequence[Term], shape: torch.Size) -> tuple[Tensor, list[Term]]:
-    """Return the squared norms (m,) of the sum of one parameter's terms.
+    """Return the squared norms (m,) of the sum of one parameter's terms, float64, never too small.
+
+    The sum itself is rounded to float32, and where terms cancel that may be most of it: what
+    rounding may add counts as part of the norm, so that a bound by it holds for what is added.
 
     Args:
         terms: of one parameter: several where it is used, or evaluated, several times.
@@ -159,14 +183,15 @@ def squared_norms(terms: Sequence[Term], shape: torch.Size) -> tuple[Tensor, lis
         tokens = torch.cat([term.tokens for term in lookup], 1)
         merged.append(Lookup(tokens, torch.cat([term.e for term in lookup], 1)))
     if dense:
-        merged.append(Dense(torch.stack([term.g for term in dense]).sum(0)))
-    if len(merged) == 1:
-        return merged[0].squares(), merged
+        merged.append(_total(dense))
     if len(merged) == 2 and isinstance(merged[0], Outer) and isinstance(merged[1], Lookup):
         squares = merged[0].squares() + merged[1].squares() + 2 * _inner(merged[0], merged[1])
-        return squares.clamp_(min=0), merged
-    total = Dense(torch.stack([term.dense(shape).g for term in merged]).sum(0))
-    return total.squares(), [total]
+    else:
+        if len(merged) > 1:
+            merged = [_total([term.dense(shape) for term in merged])]
+        squares = merged[0].squares()
+    slack = torch.stack([term.rounding() for term in merged]).sum(0).double()
+    return (squares.clamp(min=0).sqrt() + slack).square(), merged
 
 
 def add_weighted(terms: Sequence[Term], factors: Tensor, bad: Tensor, out: Tensor) -> None:
@@ -183,11 +208,21 @@ def add_weighted(terms: Sequence[Term], factors: Tensor, bad: Tensor, out: Tenso
         clean.add_to_(out, factors.to(out.dtype))
 
 
+def _total(terms: Sequence[Dense]) -> Dense:
+    """Return the sum of terms, with what its rounding may add."""
+    g = torch.stack([term.g for term in terms]).sum(0)
+    slack = torch.stack([term.rounding() for term in terms]).sum(0)
+    if len(terms) > 1:
+        norms = torch.stack([term.g.flatten(1).norm(dim=1) for term in terms]).sum(0)
+        slack = slack + norms * (len(terms) * torch.finfo(g.dtype).eps)
+    return Dense(g, slack)
+
+
 def _inner(outer: Outer, lookup: Lookup) -> Tensor:
     """Return the inner products, (m,), of a tied head's and its embedding's gradients."""
     at = lookup.tokens[:, None].expand(-1, outer.e.shape[1], -1)
-    heads = outer.e.gather(2, at)  # (m, t of the head, t of the embedding)
-    return (outer.a @ lookup.e.mT).mul_(heads).sum((1, 2))
+    heads = outer.e.gather(2, at).double()  # (m, t of the head, t of the embedding)
+    return (outer.a.double() @ lookup.e.double().mT).mul_(heads).sum((1, 2))
 
 
 def _zeroed(values: Tensor, bad: Tensor) -> Tensor:

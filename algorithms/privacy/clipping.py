@@ -22,6 +22,8 @@ ClipKind = Literal["flat", "auto-s", "auto-v", "per-layer", "reparametrised", "g
 
 _STABILITY = 1e-6
 """Added to norms, as in Opacus: dividing by a norm that was rounded down would exceed C."""
+_ZERO = 1e-12
+"""Shorter gradients count as zero where they would be normalised: their squares may underflow."""
 
 
 @dataclass
@@ -73,7 +75,7 @@ class AutoClip:
     def factors(self, squares: Tensor) -> Tensor:
         """Return (examples, 1); a zero gradient stays zero."""
         norms = _norms(squares)
-        return _finite(torch.where(norms > 0, self.norm / (norms + self.gamma), 0.0), norms)
+        return _finite(torch.where(norms > _ZERO, self.norm / (norms + self.gamma), 0.0), norms)
 
 
 @dataclass
@@ -94,7 +96,7 @@ class LayerClip:
     def factors(self, squares: Tensor) -> Tensor:
         """Return (examples, tensors)."""
         bounds = torch.tensor(self.norms, dtype=squares.dtype, device=squares.device)
-        factors = (bounds / (squares.sqrt() + _STABILITY)).clamp(max=1.0)
+        factors = (bounds / (squares.clamp(min=0).sqrt() + _STABILITY)).clamp(max=1.0)
         return _finite(factors, _norms(squares))
 
 
@@ -157,7 +159,7 @@ def make_clip(kind: ClipKind, norm: float, gamma: float, tensors: int) -> AnyCli
 
 
 def _norms(squares: Tensor) -> Tensor:
-    return squares.sum(dim=1, keepdim=True).sqrt()
+    return squares.clamp(min=0).sum(dim=1, keepdim=True).sqrt()
 
 
 def _finite(factors: Tensor, norms: Tensor) -> Tensor:

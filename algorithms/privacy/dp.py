@@ -34,6 +34,9 @@ from gossamer.runtime import Communicator, ConfigError, combine
 
 __all__ = ["DP"]
 
+_SEGMENTS = 16
+"""How often sigma may change over the resumptions of a run."""
+
 
 class DP(OracleWrapper):
     """Clips each example's gradient and adds noise to the sum: (epsilon, delta)-DP by sampling.
@@ -74,13 +77,15 @@ class DP(OracleWrapper):
     _noise: SecretNoise = PrivateAttr()
     _clip: AnyClip = PrivateAttr()
     _rates: list[float] = PrivateAttr()  # of every rank
-    _expected: list[float] = PrivateAttr()  # what a hosted rank's sum is divided by
+    _sizes: list[float] = PrivateAttr()  # what each rank's sum is divided by
+    _expected: list[float] = PrivateAttr()  # of the hosted ranks
     _examples: int = PrivateAttr(default=0)
     _unit: str = PrivateAttr(default="example")
     _sigma: float = PrivateAttr(default=0.0)
     _delta: float = PrivateAttr(default=0.0)
     _planned: int | None = PrivateAttr(default=None)
     _history: list[tuple[float, int]] = PrivateAttr(default_factory=list)  # (sigma, releases)
+    _seeded: bool = PrivateAttr(default=False)
     _last: RankBatches | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -122,6 +127,11 @@ class DP(OracleWrapper):
         self._unit = "sequence" if problem.weigh is not Problem.weigh else "example"
         plan = self.inner.setup(comm, problem)
         sizes = [len(shard) for shard in problem.shards]
+        if problem.mixes_examples:
+            raise ConfigError(
+                "task.standardize: the mean and spread of all examples are in each of them, which "
+                "dp does not protect; scale by public constants, and leave it out"
+            )
         if not sizes:
             raise ConfigError("oracle: dp needs a finite dataset, the task is a stream")
         # A resolved configuration spells the default out: it stands for the coins of dp.
@@ -131,7 +141,7 @@ class DP(OracleWrapper):
                 f"oracle.sampling: {plan.sampling} batches have no Poisson accounting, which dp "
                 "needs; leave it out (coins are tossed for each example), or 'full'"
             )
-        self._examples = min(sizes) if self._mode == "local" else sum(sizes)
+        self._examples = max(sizes) if self._mode == "local" else sum(sizes)
         self._delta = accounting.default_delta(self._examples) if self.delta is None else self.delta
         accounting.check_delta(self._delta, self._examples)
         self._clip = make_clip(
@@ -143,6 +153,7 @@ class DP(OracleWrapper):
                 "use flat or auto-s"
             )
         self._noise = SecretNoise(self._mode, comm, self.noise_seed)
+        self._seeded = self.noise_seed is not None
         return self._plan(plan, sizes)
 
     def _plan(self, plan: DataPlan, sizes: list[int]) -> DataPlan:
@@ -151,7 +162,8 @@ class DP(OracleWrapper):
         if plan.sampling == "full":
             self._rates = [1.0] * comm.n
             local = self._mode == "local"
-            self._expected = [sizes[r] if local else total / comm.n for r in comm.ranks]
+            self._sizes = [float(size) if local else total / comm.n for size in sizes]
+            self._expected = [self._sizes[r] for r in comm.ranks]
             return plan
         if self._mode == "local":
             self._rates = [plan.batch_size / size for size in sizes]
@@ -162,14 +174,15 @@ class DP(OracleWrapper):
                 f"oracle.batch_size: {plan.batch_size} per rank is more than the "
                 f"{self._examples} examples hold; use 'sampling: full'"
             )
-        self._expected = [float(plan.batch_size)] * comm.local
+        self._sizes = [float(plan.batch_size)] * comm.n
+        self._expected = self._sizes[: comm.local]
         rate = None if self._mode == "local" else self._rates[0]
         return DataPlan(
             batch_size=plan.batch_size,
             sampling="poisson",
             indices=plan.indices,
             rate=rate,
-            seed_of=self._noise.coin_seed,
+            seed_of=lambda rank: self._noise.coin_seed(rank),  # of the keys at the time
         )
 
     def start(self, steps: int | None, draws: int) -> None:
@@ -243,16 +256,19 @@ class DP(OracleWrapper):
         sigma: float,
     ) -> Estimate:
         comm, layout, bound = self._comm, self.inner.layout, self._clip.sensitivity
-        found = self.inner.clipped(x, batch, self._clip, combine=points)
+        secret_of = self._noise.coin_seed
+        found = self.inner.clipped(x, batch, self._clip, combine=points, secret_of=secret_of)
         self._noise.add_(found.grad, layout, self._releases, self._noise.scales(sigma * bound))
         self._count()
         factors = torch.tensor([[1 / size] for size in self._expected], dtype=torch.float64)
         grad = combine([(factors, found.grad)], out=found.grad)
-        # What the optimizer may know: sigma C / B, in a row and in the mean of all.
-        size, n = self._expected[0], comm.n
-        whole = (sigma * bound / size) ** 2
-        mean = whole / n if self._mode == "local" else whole / n**2
-        row = {"split": mean * n, "rank0": mean * n**2 / n, "replicated": mean, "local": whole}
+        # What the optimizer may know: sigma C / B, in a row (the noisiest) and in the mean of all.
+        n, whole = comm.n, [(sigma * bound / size) ** 2 for size in self._sizes]
+        if self._mode == "local":
+            row, mean = max(whole), sum(whole) / n**2
+        else:
+            mean = whole[0] / n**2
+            row = {"split": mean * n, "rank0": whole[0], "replicated": mean}[self._mode]
         metrics = {}
         if self.show_nonprivate:
             metrics["nonprivate_batch_size"] = found.weight
@@ -260,7 +276,7 @@ class DP(OracleWrapper):
             loss=found.loss,
             grad=grad,
             weight=torch.tensor(self._expected, dtype=torch.float64),
-            origin=Origin(noise_var=row[self._mode]),
+            origin=Origin(noise_var=row),
             mean_origin=Origin(noise_var=mean),
             metrics=metrics,
         )
@@ -326,26 +342,45 @@ class DP(OracleWrapper):
     # --- what a resume needs, and what the report says ---------------------------------------
 
     def own_state(self) -> dict[str, Tensor]:
-        """Return the secret keys, C and the releases so far."""
+        """Return the secret keys, C, the releases so far and what they depend on."""
         local, norm = self._comm.local, getattr(self._clip, "norm", self.clip_norm)
-        history = torch.tensor(self._history or [(self._sigma, 0)], dtype=torch.float64)
+        history = torch.zeros(_SEGMENTS, 2, dtype=torch.float64)
+        for row, (sigma, count) in zip(history, self._history, strict=False):
+            row[0], row[1] = sigma, count
         return {
             "keys": self._noise.keys.clone(),
             "clip_norm": torch.full((local, 1), norm, dtype=torch.float64),
             "history": history.expand(local, *history.shape).clone(),
             "planned": torch.full((local, 1), self._planned or 0, dtype=torch.int64),
+            "seeded": torch.full((local, 1), int(self._seeded), dtype=torch.int64),
+            "facts": self._facts(),
         }
+
+    def _facts(self) -> Tensor:
+        """Return what epsilon is counted with besides sigma: (local, 4) float64."""
+        mode = ["split", "rank0", "replicated", "local"].index(self._mode)
+        rows = [[self._rates[r], self._delta, self._examples, mode] for r in self._comm.ranks]
+        return torch.tensor(rows, dtype=torch.float64)
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         """Go on with the same noise.
 
         Raises:
-            ConfigError: the checkpoint does not say what was released before.
+            ConfigError: the checkpoint does not say what was released before, or the releases to
+                come would not compose with it.
         """
-        if "history" not in state or "keys" not in state:
+        if not {"history", "keys", "facts"} <= state.keys():
             raise ConfigError(
                 "resume: the checkpoint has no history of private releases, so that nobody knows "
                 "the epsilon spent; start from its parameters instead, in a new run"
+            )
+        before, now = state["facts"], self._facts()
+        if not torch.equal(before, now):
+            raise ConfigError(
+                "resume: rate, delta, number of examples and noise_mode are "
+                f"{before[0].tolist()} in the checkpoint and {now[0].tolist()} now, so that no one "
+                "epsilon holds for both parts; keep batch_size, delta, the data and noise_mode, or "
+                "start a new run"
             )
         planned = int(state["planned"][0])
         if self.epsilon is not None and planned != (self._planned or 0):
@@ -355,10 +390,24 @@ class DP(OracleWrapper):
                 "instead of epsilon"
             )
         self._noise.keys = state["keys"].clone()
+        self._seeded = self._seeded or bool(state["seeded"][0])
         if isinstance(self._clip, AdaptiveClip):
             self._clip.norm = float(state["clip_norm"][0])
         rows = state["history"][0].tolist()
         self._history = [(sigma, int(count)) for sigma, count in rows if count > 0]
+        if self.epsilon is not None and self._history and self._history[-1][0] != self._sigma:
+            raise ConfigError(
+                f"oracle.epsilon: the releases so far had sigma {self._history[-1][0]:g}, this "
+                f"target gives {self._sigma:g}; keep the target, or write noise_multiplier instead"
+            )
+        if len(self._history) >= _SEGMENTS:
+            raise ConfigError(f"resume: sigma changed {_SEGMENTS} times; start a new run")
+
+    def branch(self) -> None:
+        """Take new secrets: this run may go on otherwise than the one that was saved."""
+        self.inner.branch()
+        self._noise = SecretNoise(self._mode, self._comm, self.noise_seed)
+        self._noise.agree(self.inner.layout)
 
     def _accountant(self) -> str:
         return accounting.resolve(self._segments(0), self.accountant)
@@ -388,7 +437,8 @@ class DP(OracleWrapper):
             clip=self.clip,
             clip_norm=getattr(self._clip, "norm", self.clip_norm),
             noise_mode=self._mode,
-            noise_seeded=self.noise_seed is not None,
+            noise_seeded=self._seeded,
+            shows_nonprivate=self.show_nonprivate,
             ranks=self._comm.n,
             segments=tuple((sigma, rates[worst], count) for sigma, count in self._history),
         )

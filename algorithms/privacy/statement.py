@@ -30,7 +30,8 @@ class PrivacyStatement:
         clip: the rule that bounds an example's gradient.
         clip_norm: bound on it (C).
         noise_mode: where the noise is added; decides the trust model.
-        noise_seeded: whether the configuration gave the noise a seed.
+        noise_seeded: whether the configuration gave the noise a seed, now or before a resume.
+        shows_nonprivate: whether the log holds figures of the training examples.
         ranks: n.
         epsilon_per_rank: where ranks answer each for their own examples (``local``,
             ``pairwise``) and differ; ``epsilon`` is then the largest.
@@ -53,6 +54,7 @@ class PrivacyStatement:
     clip_norm: float
     noise_mode: NoiseMode
     noise_seeded: bool = False
+    shows_nonprivate: bool = False
     epsilon_target: float | None = None
     ranks: int = 1
     epsilon_per_rank: tuple[float, ...] = ()
@@ -114,6 +116,11 @@ class PrivacyStatement:
             )
         if not self.noise_multiplier > 0 or self.epsilon == float("inf"):
             said.append("NOT PRIVATE: no noise was added in some steps")
+        if self.shows_nonprivate:
+            said.append(
+                "NOT PRIVATE as a whole: the log holds figures of the training examples (named "
+                "nonprivate_...), which epsilon does not cover; epsilon is that of the model"
+            )
         if self.sampler == "shuffle":
             said.append(
                 "accounting: shuffled-approx: the batches were shuffled, the figures are those of "

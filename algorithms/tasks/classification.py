@@ -119,6 +119,7 @@ class ClassificationTask(ShardedTask, ABC):
             module=module.to(default_dtype(self.dtype)),
             train=self._dataset(train, classes),
             shards=self.split(self._targets(train.labels), n, seed),
+            mixes_examples=self.standardize,
             loss=ClassificationLoss(self.l2, self.nonconvex),
             test=None if test is None else self._dataset(test, classes),
             score=count_right,

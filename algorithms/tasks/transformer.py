@@ -59,7 +59,7 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Return the logits (B, T, V) of the token after each of ``tokens_BT``, int64."""
         places = torch.arange(tokens_BT.shape[-1], device=tokens_BT.device)
-        h_BTD = self.tokens(tokens_BT) + self.positions(places)
+        h_BTD = self.tokens(tokens_BT) + self.positions(places[None])
         logits: Tensor = self.output(self.norm(self.blocks(h_BTD)))
         return logits
 

@@ -1,4 +1,4 @@
-#include "tensors.h"
+#include "bind_tensors.h"
 
 namespace nb = nanobind;
 
