@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::size_t kStreamBytes = 1 << 20;  // rows from here on are written past the caches
 constexpr std::size_t kPieceBytes = 128 << 10;
-constexpr std::size_t kTurnBytes = 1 << 20;  // of a row, then processes on one core take turns
+constexpr std::size_t kTurnBytes = 256 << 10;  // of a row, then processes on one core take turns
 constexpr std::size_t kSlots = 16;  // pieces of a result that may wait to be written in place
 
 // What `mark` of a message says about the rows behind it.
@@ -221,7 +221,7 @@ Status Average::overwrite(const Rows& x, const std::optional<Rows>& addend) {
 
 // Processes that share cores take turns piece by piece: then they read the same columns at about
 // the same time, and a row that several of them read comes from memory once (a ring of 4 on 2
-// cores: a quarter less time). Nobody waits for anybody.
+// cores: up to a quarter less time). Nobody waits for anybody.
 void Average::add_up_together(const Rows& x, const std::optional<Rows>& addend, bool stream) {
   const std::size_t width =
       g_.shares_cores() ? clamp_width(kTurnBytes, element_bytes_, call_.d) : call_.d;
