@@ -87,8 +87,9 @@ def _components(kind: str, definitions: Schema) -> Schema:
     known = {}
     for name in REGISTRY[kind]:
         schema = _schema_of(cast(type[BaseModel], find(kind, name)), definitions)
-        for taken in ("name", "optimizer") if kind == "algorithm" else ("name",):
-            schema["properties"].pop(taken, None)  # the optimizer is a section of its own
+        elsewhere = {"algorithm": "optimizer", "oracle": "inner"}  # a section, an entry of its own
+        for taken in ("name", elsewhere.get(kind)):
+            schema["properties"].pop(taken, None)
             schema["required"] = [r for r in schema.get("required", []) if r != taken]
         known[name] = schema
     own = {
