@@ -94,7 +94,8 @@ class SecretNoise:
     def scalar(self, release: int) -> float:
         """Return one standard normal of rank 0's, beside the noise number ``release``."""
         stream = Stream(self._seed(0), (1 << 30,), step=release)
-        return float(stream.normal_(torch.empty(1, 1, dtype=torch.float64)))
+        parts = stream.normal_(torch.empty(1, _PARTS, dtype=torch.float64))
+        return float(parts.sum()) / _PARTS**0.5
 
     def scales(self, total: float) -> list[float]:
         """Return the standard deviation in each hosted row, where the sum is to have ``total``.

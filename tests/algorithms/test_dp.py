@@ -19,6 +19,7 @@ from gossamer.algorithms.protocols import Batch, Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import Communicator, ConfigError, StackedTransport, row_norm
 from gossamer.runtime.component import validate
+from gossamer.runtime.perturb import perturb_
 from gossamer.topologies import build
 
 EXAMPLES, FEATURES = 240, 12
@@ -232,6 +233,104 @@ def test_a_target_is_for_the_steps_it_was_found_for():
     longer = program(epsilon=3.0, delta=1e-4, accountant="rdp", steps=9)
     with pytest.raises(ConfigError, match="found for 5 gradients, this run asks for 9"):
         longer.restore(tensors, scalars)
+
+
+def saved(steps=2, **options):
+    """The oracle's part of a checkpoint after some steps."""
+    made = run(program(delta=1e-4, **{"noise_multiplier": 1.0, **options}), steps)
+    return made.oracle.state_dict()
+
+
+def test_a_run_that_goes_on_otherwise_takes_other_secrets():
+    state = saved(noise_seed=None)
+    same, other = (program(delta=1e-4, noise_multiplier=1.0, noise_seed=None) for _ in range(2))
+    for made in (same, other):
+        made.oracle.load_state_dict(state)
+    assert torch.equal(same.oracle._noise.keys, state["dp.keys"])
+    other.oracle.branch()
+    assert not (other.oracle._noise.keys == state["dp.keys"]).any()
+    coins = [made._sampler._plan.seed_of(0) for made in (same, other)]
+    assert coins[0] != coins[1]  # the sampler follows
+
+
+def test_a_seeded_run_stays_not_private_when_it_is_resumed_without_its_seed():
+    resumed = program(delta=1e-4, noise_multiplier=1.0, noise_seed=None)
+    resumed.oracle.load_state_dict(saved(noise_seed=5))
+    resumed.oracle.branch()
+    said = resumed.oracle.statement()["privacy"]
+    assert not said["private"]
+    assert "NOT PRIVATE" in said["reservations"][0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"backprop": {"batch_size": 30}},
+        {"delta": 1e-5},
+        {"task": problem(examples=EXAMPLES - 40)},
+    ],
+    ids=["rate", "delta", "examples"],
+)
+def test_what_epsilon_is_counted_with_may_not_change_on_a_resume(changed):
+    state = saved()
+    other = program(**{"delta": 1e-4, "noise_multiplier": 1.0, **changed})
+    with pytest.raises(ConfigError, match="rate, delta, number of examples and noise_mode"):
+        other.oracle.load_state_dict(state)
+
+
+def test_sigma_may_change_more_than_once_and_each_part_counts():
+    state = saved()
+    for sigma in (2.0, 3.0):
+        made = program(delta=1e-4, noise_multiplier=sigma)
+        made.oracle.load_state_dict(state)
+        state = run(made, 1).oracle.state_dict()
+    assert made.oracle._history == [(1.0, 2), (2.0, 1), (3.0, 1)]
+
+
+def test_noise_goes_beyond_where_one_counted_normal_ends():
+    """One never passes 5.77 (24-bit uniforms); the sum of four independent ones reaches 11.5."""
+    made, parts = program(noise_multiplier=1.0, task=problem(hidden=200)), []
+    layout, noise = made.layout, made.oracle._noise
+    for part in range(4):
+        one = torch.zeros(1, layout.d)
+        perturb_(one[0], layout, noise._seed(0), 3, part, 0.5)
+        parts.append(one)
+    whole = torch.zeros(1, layout.d)
+    noise.add_(whole, layout, 3, [1.0])
+    torch.testing.assert_close(whole, sum(parts))
+    weights = slice(layout.slices[0].begin, layout.slices[0].end)  # 2,400 of them
+    apart = torch.corrcoef(torch.cat(parts)[:, weights]) - torch.eye(4)
+    assert apart.abs().max() < 0.1  # independent of each other
+
+
+def test_dropout_masks_are_secret():
+    task = problem()
+    task.module = nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    sums = []
+    for noise_seed in (1, 1, 2):
+        made = program(task=task, noise_multiplier=0, noise_seed=noise_seed)
+        batch = [Batch(task.train[torch.arange(40)])]
+        secret_of = made.oracle._noise.coin_seed
+        clipped = made.oracle.inner.clipped(
+            made.state.x, batch, made.oracle._clip, secret_of=secret_of
+        )
+        sums.append(clipped.grad.clone())
+    assert torch.equal(sums[0], sums[1])
+    assert not torch.equal(sums[0], sums[2])
+
+
+def test_inputs_made_from_several_examples_are_refused():
+    task = problem()
+    task.mixes_examples = True
+    with pytest.raises(ConfigError, match=r"task.standardize: .*public constants"):
+        program(task=task, noise_multiplier=1.0)
+
+
+def test_bounds_hold_where_squares_underflow_or_round_below_zero():
+    tiny = torch.full((1, 3), 1e-46, dtype=torch.float64)
+    assert clipping.AutoClip(1.0, 0.0).factors(tiny) == 0
+    rounded = clipping.LayerClip((1.0, 1.0)).factors(torch.tensor([[-1e-9, 1.0]]))
+    assert torch.isfinite(rounded).all()
 
 
 def test_a_checkpoint_without_history_is_refused():
