@@ -8,6 +8,7 @@ generator; neither is the one of the peers in their default mode.
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections.abc import Sequence
 from typing import Literal
@@ -89,13 +90,13 @@ class SecretNoise:
         for i, scale in enumerate(scales):
             if scale > 0:
                 for part in range(_PARTS):
-                    perturb_(rows[i], layout, self._seed(i), release, part, scale / _PARTS**0.5)
+                    perturb_(rows[i], layout, self._seed(i), release, part, scale / math.sqrt(_PARTS))
 
     def scalar(self, release: int) -> float:
         """Return one standard normal of rank 0's, beside the noise number ``release``."""
         stream = Stream(self._seed(0), (1 << 30,), step=release)
         parts = stream.normal_(torch.empty(1, _PARTS, dtype=torch.float64))
-        return float(parts.sum()) / _PARTS**0.5
+        return float(parts.sum()) / math.sqrt(_PARTS)
 
     def scales(self, total: float) -> list[float]:
         """Return the standard deviation in each hosted row, where the sum is to have ``total``.
