@@ -90,7 +90,9 @@ class SecretNoise:
         for i, scale in enumerate(scales):
             if scale > 0:
                 for part in range(_PARTS):
-                    perturb_(rows[i], layout, self._seed(i), release, part, scale / math.sqrt(_PARTS))
+                    perturb_(
+                        rows[i], layout, self._seed(i), release, part, scale / math.sqrt(_PARTS)
+                    )
 
     def scalar(self, release: int) -> float:
         """Return one standard normal of rank 0's, beside the noise number ``release``."""
