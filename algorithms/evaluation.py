@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.oracles.buffers import BufferRows
-from gossamer.algorithms.protocols import Dataset, Oracle, Problem, Stream
+from gossamer.algorithms.problems import Dataset, Problem, Stream
+from gossamer.algorithms.protocols import Oracle
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.random import derive_key

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.evaluation import Evaluator
-from gossamer.algorithms.protocols import Algorithm, Metrics, Oracle, Problem
+from gossamer.algorithms.problems import Problem
+from gossamer.algorithms.protocols import Algorithm, Metrics, Oracle
 from gossamer.algorithms.sampling import Sampler
 from gossamer.runtime import Communicator
 from gossamer.runtime.state import Scalar, flatten, restore

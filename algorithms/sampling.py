@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Batch, DataPlan, Dataset, Problem, Stream
+from gossamer.algorithms.problems import Batch, DataPlan, Dataset, Problem, Stream
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.native import ALIGNMENT
 from gossamer.runtime.random import Random

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gossamer.algorithms.protocols import Algorithm, Batches
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import Algorithm
 from gossamer.algorithms.registry import find
 from gossamer.launch.attach_adapters import GivenGradient, TorchOptimizer, TorchSGD
 from gossamer.launch.config import build_topology

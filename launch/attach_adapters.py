@@ -10,17 +10,8 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from gossamer.algorithms.optimizers.sgd import SGD
-from gossamer.algorithms.protocols import (
-    PLAIN,
-    DataPlan,
-    Estimate,
-    Optimizer,
-    Oracle,
-    Origin,
-    Problem,
-    RankBatches,
-    Sink,
-)
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import PLAIN, Estimate, Optimizer, Oracle, Origin, Sink
 from gossamer.runtime import Communicator, ConfigError, RowLayout
 
 __all__ = ["GivenGradient", "Part", "TorchOptimizer", "TorchSGD"]

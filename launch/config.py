@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, Field, Strict, create_model
 
 from gossamer import topologies
-from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, OracleWrapper, Task
+from gossamer.algorithms.problems import Task
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, OracleWrapper
 from gossamer.algorithms.registry import find
 from gossamer.runtime.component import Component, validate
 from gossamer.runtime.errors import ConfigError, nearest
@@ -200,7 +201,7 @@ def _class_of(kind: str, section: Section, base: type[C]) -> type[C]:
     if not issubclass(cls, base) or inspect.isabstract(cls):
         what = "lacks methods" if issubclass(cls, base) else "is no class derived from it"
         raise ConfigError(
-            f"{kind}.name: {name} must be a gossamer.algorithms.protocols.{base.__name__}, "
+            f"{kind}.name: {name} must be a {base.__module__}.{base.__name__}, "
             f"but {what}{_missing_methods(cls)}"
         )
     return cls

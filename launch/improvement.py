@@ -16,7 +16,8 @@ from gossamer.algorithms.privacy.improvement import Advice, Budget, Terms, advis
 from gossamer.algorithms.privacy.improvement_terms import estimate_terms
 from gossamer.algorithms.privacy.public import PublicData
 from gossamer.algorithms.privacy.public_split import split_public
-from gossamer.algorithms.protocols import Oracle, Problem
+from gossamer.algorithms.problems import Problem
+from gossamer.algorithms.protocols import Oracle
 from gossamer.launch.comparison import with_overrides
 from gossamer.launch.config import Experiment, load_yaml, oracle_layers, resolve
 from gossamer.runtime.checkpoint import Checkpoint

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.decentralized.fixed_rule import FixedRule
-from gossamer.algorithms.protocols import Batches, Metrics, Oracle
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import Metrics, Oracle
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["DAMSGrad", "DAMSGradState"]

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.decentralized.local_sgd import take_local_steps
-from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Optimizer, Oracle
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 from gossamer.topologies import Topology
 

@@ -16,7 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Oracle
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import Algorithm, Metrics, Oracle
 from gossamer.algorithms.schedules import horizon
 from gossamer.runtime import Communicator, combine, row_norm
 

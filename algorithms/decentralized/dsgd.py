@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gossamer.algorithms.optimizers.sgd import Momentum
-from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Optimizer, Oracle
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["DSGD"]

@@ -8,7 +8,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from gossamer.algorithms.optimizers.sgd import SGD
-from gossamer.algorithms.protocols import Algorithm, Estimate, Oracle, RankBatches
+from gossamer.algorithms.problems import RankBatches
+from gossamer.algorithms.protocols import Algorithm, Estimate, Oracle
 from gossamer.runtime import Communicator
 
 __all__ = ["FixedRule"]

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.protocols import PLAIN, Algorithm, Batches, Metrics, Optimizer, Oracle
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import PLAIN, Algorithm, Metrics, Optimizer, Oracle
 from gossamer.runtime import Communicator, Work, combine
 
 __all__ = ["GradientTracking", "GradientTrackingState", "previous_round"]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gossamer.algorithms.decentralized.dnsgd import inverse_norm
 from gossamer.algorithms.decentralized.fixed_rule import FixedRule
-from gossamer.algorithms.protocols import Batches, Metrics, Oracle
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import Metrics, Oracle
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["GTNSGDm", "GTNSGDmState"]

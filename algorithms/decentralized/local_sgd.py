@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Algorithm, Batches, Metrics, Optimizer, Oracle
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["LocalSGD", "LocalSGDState", "take_local_steps"]

@@ -15,16 +15,8 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.oracles.buffers import BufferRows
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
-from gossamer.algorithms.protocols import (
-    Batch,
-    Clip,
-    DataPlan,
-    Estimate,
-    Oracle,
-    Problem,
-    RankBatches,
-    Sink,
-)
+from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import Clip, Estimate, Oracle, Sink
 from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
 from gossamer.runtime.random import Random
 

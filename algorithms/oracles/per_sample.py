@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from gossamer.algorithms.oracles.per_sample_layers import terms_of
 from gossamer.algorithms.oracles.per_sample_terms import Dense, Term, add_weighted, squared_norms
 from gossamer.algorithms.oracles.vectorized import Stateless
-from gossamer.algorithms.protocols import Clip, Problem
+from gossamer.algorithms.problems import Problem
+from gossamer.algorithms.protocols import Clip
 from gossamer.runtime import ConfigError, RowLayout
 
 __all__ = ["PerSampleGradients"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gossamer.algorithms.protocols import Problem, RankBatches
+from gossamer.algorithms.problems import Problem, RankBatches
 from gossamer.runtime import ConfigError, RowLayout
 
 __all__ = ["Stateless", "vectorized_gradients"]

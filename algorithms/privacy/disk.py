@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.privacy.filtering import GradientFilter
-from gossamer.algorithms.protocols import DataPlan, Estimate, Problem, RankBatches, Sink
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import Estimate, Sink
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as weighted
 

@@ -19,7 +19,8 @@ from gossamer.algorithms.privacy.filters import (
     ema,
     none,
 )
-from gossamer.algorithms.protocols import DataPlan, Estimate, Problem, RankBatches, Sink
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import Estimate, Sink
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as weighted
 

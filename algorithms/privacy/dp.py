@@ -19,14 +19,12 @@ from gossamer.algorithms.privacy.accounting import Segment
 from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, ClipKind, make_clip
 from gossamer.algorithms.privacy.noise import NoiseMode, SecretNoise
 from gossamer.algorithms.privacy.statement import PrivacyStatement
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import (
     Algorithm,
-    DataPlan,
     Estimate,
     OracleWrapper,
     Origin,
-    Problem,
-    RankBatches,
     Sink,
     TrainingFigures,
 )

@@ -10,15 +10,8 @@ import torch
 from pydantic import PrivateAttr, field_validator
 from torch import Tensor
 
-from gossamer.algorithms.protocols import (
-    DataPlan,
-    Estimate,
-    Oracle,
-    OracleWrapper,
-    Origin,
-    Problem,
-    Sink,
-)
+from gossamer.algorithms.problems import DataPlan, Problem
+from gossamer.algorithms.protocols import Estimate, Oracle, OracleWrapper, Origin, Sink
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime.rows import empty_rows
 from gossamer.runtime.state import flatten, restore

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
 from gossamer.algorithms.privacy.clipping import AnyClip
 from gossamer.algorithms.privacy.improvement import Terms
-from gossamer.algorithms.protocols import Dataset, Problem
+from gossamer.algorithms.problems import Dataset, Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import RowLayout
 from gossamer.runtime.random import Random

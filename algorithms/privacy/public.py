@@ -15,17 +15,8 @@ from torch import Tensor
 from gossamer.algorithms.privacy.dp import DP
 from gossamer.algorithms.privacy.public_schedule import Mix, Patience, mean_loss, public_weight
 from gossamer.algorithms.privacy.public_split import PublicSplit, split_public
-from gossamer.algorithms.protocols import (
-    Batch,
-    DataPlan,
-    Estimate,
-    Oracle,
-    OracleWrapper,
-    Origin,
-    Problem,
-    RankBatches,
-    Sink,
-)
+from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import Estimate, Oracle, OracleWrapper, Origin, Sink
 from gossamer.algorithms.sampling import Sampler
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as weighted

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gossamer.algorithms.protocols import Batch, Dataset, Oracle, Problem
+from gossamer.algorithms.problems import Batch, Dataset, Problem
+from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator
 
 __all__ = ["Mix", "Patience", "mean_loss", "public_weight"]

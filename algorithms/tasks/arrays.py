@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Dataset
+from gossamer.algorithms.problems import Dataset
 from gossamer.runtime.random import Random
 
 __all__ = ["Subset", "TensorDataset", "hold_out"]

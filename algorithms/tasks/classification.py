@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
-from gossamer.algorithms.protocols import Problem, default_dtype
+from gossamer.algorithms.problems import Problem, default_dtype
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.models import (
     Activation,

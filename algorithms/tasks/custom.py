@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from gossamer.algorithms.protocols import Problem, Task
+from gossamer.algorithms.problems import Problem, Task
 from gossamer.algorithms.registry import import_object
 from gossamer.runtime.errors import ConfigError
 
@@ -33,7 +33,7 @@ class Custom(Task):
         problem = function(n, seed, **self.options)
         if not isinstance(problem, Problem):
             raise ConfigError(
-                f"task.build: {self.function} must return a gossamer.algorithms.protocols.Problem, "
+                f"task.build: {self.function} must return a gossamer.algorithms.problems.Problem, "
                 f"got {type(problem).__name__}"
             )
         expected = 0 if hasattr(problem.train, "draw") else n

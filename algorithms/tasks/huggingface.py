@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from gossamer.algorithms.protocols import Dataset, Problem
+from gossamer.algorithms.problems import Dataset, Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset, hold_out
 from gossamer.algorithms.tasks.hub import load_model, load_splits, load_tokenizer
 from gossamer.algorithms.tasks.language import (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from gossamer.algorithms.protocols import Problem, Task, default_dtype
+from gossamer.algorithms.problems import Problem, Task, default_dtype
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.runtime.random import Random

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
-from gossamer.algorithms.protocols import Task
+from gossamer.algorithms.problems import Task
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import Random
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 
-from gossamer.algorithms.protocols import Problem, default_dtype
+from gossamer.algorithms.problems import Problem, default_dtype
 from gossamer.algorithms.tasks.arrays import hold_out
 from gossamer.algorithms.tasks.files import DATA_VARIABLE, locate, read_bytes
 from gossamer.algorithms.tasks.language import Windows, count_next_tokens, next_token_loss

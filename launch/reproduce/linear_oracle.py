@@ -14,7 +14,8 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from gossamer.algorithms.protocols import DataPlan, Estimate, Oracle, Problem, RankBatches, Sink
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import Estimate, Oracle, Sink
 from gossamer.algorithms.tasks.objectives import ClassificationLoss
 from gossamer.runtime import Communicator, ConfigError, RowLayout
 

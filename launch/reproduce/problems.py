@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from gossamer.algorithms.protocols import Loss, Problem, Task
+from gossamer.algorithms.problems import Loss, Problem, Task
 from gossamer.algorithms.registry import find
 from gossamer.runtime.component import validate
 

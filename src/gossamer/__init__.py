@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, Task
+    from gossamer.algorithms.problems import Task
+    from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
     from gossamer.launch.attach import attach, init
     from gossamer.launch.gossip_hook import GossipState, gossip_hook
     from gossamer.runtime import Communicator, combine, row_norm
@@ -37,7 +38,7 @@ _HOME = {
     "GossipState": "gossamer.launch.gossip_hook",
     "Optimizer": "gossamer.algorithms.protocols",
     "Oracle": "gossamer.algorithms.protocols",
-    "Task": "gossamer.algorithms.protocols",
+    "Task": "gossamer.algorithms.problems",
     "Topology": "gossamer.topologies",
     "attach": "gossamer.launch.attach",
     "combine": "gossamer.runtime",

@@ -25,7 +25,8 @@ from gossamer.algorithms.decentralized.momentum_tracking import MomentumTracking
 from gossamer.algorithms.decentralized.mt_dsgt import MTDSGT
 from gossamer.algorithms.decentralized.quasi_global import QGAdam, QGDSGDm
 from gossamer.algorithms.optimizers.sgd import SGD, Momentum
-from gossamer.algorithms.protocols import Batch, DataPlan, Estimate, Oracle
+from gossamer.algorithms.problems import Batch, DataPlan
+from gossamer.algorithms.protocols import Estimate, Oracle
 from gossamer.runtime import Communicator, RowLayout, StackedTransport
 
 SIZES = (8, 5)  # two tensors; the second is padded to 8 elements of float64

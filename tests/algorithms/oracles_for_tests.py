@@ -11,15 +11,8 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from gossamer.algorithms.optimizers.sgd import SGD, Momentum
-from gossamer.algorithms.protocols import (
-    Algorithm,
-    Batch,
-    DataPlan,
-    Estimate,
-    Oracle,
-    Problem,
-    RankBatches,
-)
+from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import Algorithm, Estimate, Oracle
 from gossamer.runtime import Communicator, RowLayout, StackedTransport
 from gossamer.topologies import Round, Topology
 

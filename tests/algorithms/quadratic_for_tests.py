@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
-from gossamer.algorithms.protocols import DataPlan, Estimate, Oracle, Origin
+from gossamer.algorithms.problems import DataPlan
+from gossamer.algorithms.protocols import Estimate, Oracle, Origin
 from gossamer.runtime import Communicator, RowLayout, StackedTransport
 from gossamer.topologies import build
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gossamer.algorithms.oracles.backprop import Backprop
-from gossamer.algorithms.protocols import Batch, Problem
+from gossamer.algorithms.problems import Batch, Problem
 from gossamer.runtime import Communicator, ConfigError, StackedTransport
 from gossamer.topologies import build
 

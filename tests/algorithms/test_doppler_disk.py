@@ -28,7 +28,7 @@ from gossamer.algorithms.optimizers.sgd import SGD, Momentum
 from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
-from gossamer.algorithms.protocols import Batch, Problem
+from gossamer.algorithms.problems import Batch, Problem
 from gossamer.runtime import Communicator, ConfigError, StackedTransport
 from gossamer.topologies import build
 

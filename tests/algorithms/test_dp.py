@@ -14,8 +14,8 @@ from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.privacy import clipping
 from gossamer.algorithms.privacy.dp import DP
+from gossamer.algorithms.problems import Batch, Problem
 from gossamer.algorithms.program import TrainingProgram
-from gossamer.algorithms.protocols import Batch, Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import Communicator, ConfigError, StackedTransport, row_norm
 from gossamer.runtime.component import validate

@@ -10,7 +10,7 @@ from torch import nn
 
 from gossamer.algorithms.evaluation import Evaluator
 from gossamer.algorithms.oracles.buffers import BufferRows
-from gossamer.algorithms.protocols import Problem
+from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.bundled import Digits, Wine
 from gossamer.algorithms.tasks.least_squares import LeastSquares

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gossamer.algorithms.privacy.clipping import FlatClip
 from gossamer.algorithms.privacy.improvement import Budget, Terms, _calibrated, advise, best_batch
 from gossamer.algorithms.privacy.improvement_terms import estimate_terms
-from gossamer.algorithms.protocols import Problem
+from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.launch.cli import app
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
-from gossamer.algorithms.protocols import Problem
+from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import ConfigError, RowLayout
 

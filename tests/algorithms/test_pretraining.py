@@ -20,8 +20,9 @@ from gossamer.algorithms.privacy.dp import DP
 from gossamer.algorithms.privacy.public import PublicData
 from gossamer.algorithms.privacy.public_schedule import mean_loss, public_weight
 from gossamer.algorithms.privacy.public_split import split_public
+from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.program import TrainingProgram
-from gossamer.algorithms.protocols import OracleWrapper, Problem
+from gossamer.algorithms.protocols import OracleWrapper
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import Communicator, ConfigError, StackedTransport
 from gossamer.runtime.component import validate

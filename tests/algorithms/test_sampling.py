@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gossamer.algorithms.protocols import DataPlan, Problem
+from gossamer.algorithms.problems import DataPlan, Problem
 from gossamer.algorithms.sampling import Sampler
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.least_squares import LeastSquares

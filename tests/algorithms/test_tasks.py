@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import datasets
 
-from gossamer.algorithms.protocols import Problem
+from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.registry import REGISTRY, find
 from gossamer.algorithms.tasks.bundled import BreastCancer, Digits, Wine
 from gossamer.algorithms.tasks.least_squares import LeastSquares
@@ -276,7 +276,7 @@ def test_a_function_of_ones_own_builds_a_problem(tmp_path, monkeypatch):
     assert len(problem.train) == 50
     for function, message in [
         ("wrong", "must return 4 shards .*, got 5"),
-        ("nothing", "must return a gossamer.algorithms.protocols.Problem, got NoneType"),
+        ("nothing", "must return a gossamer.algorithms.problems.Problem, got NoneType"),
         ("mkae", "my_problem has no 'mkae'; did you mean 'make'?"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -11,7 +11,8 @@ from torch import Tensor
 from gossamer.algorithms.decentralized.compressors import AnyCompressor, Sign
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.fixed_rule import FixedRule
-from gossamer.algorithms.protocols import Batches, Metrics, Oracle
+from gossamer.algorithms.problems import Batches
+from gossamer.algorithms.protocols import Metrics, Oracle
 from gossamer.runtime import Communicator, combine
 from gossamer.topologies import Topology
 

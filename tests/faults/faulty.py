@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from gossamer.algorithms.decentralized.dsgd import DSGDState
-from gossamer.algorithms.protocols import Algorithm, Optimizer
+from gossamer.algorithms.protocols import (Algorithm, Optimizer)
 
 
 class Faulty(Algorithm):

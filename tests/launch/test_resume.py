@@ -153,7 +153,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gossamer.algorithms.protocols import Problem
+from gossamer.algorithms.problems import Problem
 
 
 class Data:

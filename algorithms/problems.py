@@ -1,0 +1,147 @@
+"""Problems: what a task hands over, and how its examples are drawn."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gossamer.runtime.component import Component
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataPlan",
+    "Dataset",
+    "Problem",
+    "RankBatches",
+    "Stream",
+    "Task",
+    "default_dtype",
+]
+
+
+class Dataset(Protocol):
+    """A finite set of examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Return the examples at int64 ``indices`` (m,): tensors whose first size is m."""
+        ...
+
+
+class Stream(Protocol):
+    """Examples without end: drawn, not looked up."""
+
+    def draw(self, seed: int, rank: int, step: int, draw: int, count: int) -> tuple[Tensor, ...]:
+        """Return ``count`` fresh examples: a pure function of the arguments."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's examples of one update.
+
+    Attributes:
+        inputs: what the loss takes after the module; the first size is the number of examples.
+        indices: int64 (examples,), their places in the dataset; None unless the plan asks.
+    """
+
+    inputs: tuple[Tensor, ...]
+    indices: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+
+RankBatches = Sequence[Batch]
+"""One batch per hosted rank."""
+Batches = Sequence[RankBatches]
+"""``batches_per_step`` draws, each with one batch per hosted rank."""
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """How an oracle wants its batches drawn.
+
+    Attributes:
+        batch_size: examples per rank and draw (the expected number under ``poisson``).
+        sampling: ``shuffle`` (epochs without replacement), ``replacement``, ``poisson`` (each
+            example by its own coin) or ``full`` (the whole shard, ``batch_size`` ignored).
+        indices: whether batches carry the examples' places in the dataset.
+        rate: probability of an example under ``poisson``, the same on every rank; None:
+            ``batch_size`` over the length of the rank's shard.
+        seed_of: rank -> seed of its coins under ``poisson``, where they must stay secret; asked
+            for at every draw. None: the run's seed.
+        shards: per rank, int64 places in the training set to draw from; None: the problem's own.
+    """
+
+    batch_size: int
+    sampling: Literal["shuffle", "replacement", "poisson", "full"] = "shuffle"
+    indices: bool = False
+    rate: float | None = None
+    seed_of: Callable[[int], int] | None = None
+    shards: tuple[np.ndarray, ...] | None = None
+
+
+Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
+Score = Callable[[nn.Module, tuple[Tensor, ...]], dict[str, Tensor]]
+
+
+def _count_examples(inputs: tuple[Tensor, ...]) -> float:
+    return float(len(inputs[0]))
+
+
+@dataclass
+class Problem:
+    """A task made ready for n ranks.
+
+    Attributes:
+        module: holds x0: the same parameters on every rank, a function of the seed alone.
+        train: the examples.
+        shards: per rank, int64 places in ``train``; empty for a stream.
+        test: held-out examples, or None.
+        loss: (module, inputs) -> (): the mean over examples (tokens for a language model).
+        score: (module, inputs) -> sums over examples, each divided by their ``weigh`` at the end:
+            ``{"accuracy": number right}``; None where the task has none.
+        weigh: inputs -> how many examples (tokens) the mean of ``loss`` runs over.
+        objective: what f is when the user says nothing: the mean over ranks of f_i, or over
+            examples.
+        mixes_examples: whether an example's inputs were made with knowledge of other training
+            examples (their mean, say), so that no privacy of single examples can be had.
+    """
+
+    module: nn.Module
+    train: Dataset | Stream
+    shards: tuple[np.ndarray, ...]
+    loss: Loss
+    test: Dataset | None = None
+    score: Score | None = None
+    weigh: Callable[[tuple[Tensor, ...]], float] = _count_examples
+    objective: Literal["ranks", "examples"] = "ranks"
+    mixes_examples: bool = False
+
+
+class Task(Component, ABC):
+    """A model, its data (sharded over ranks) and its metrics."""
+
+    name: str = ""
+
+    @abstractmethod
+    def build(self, n: int, seed: int) -> Problem:
+        """Load, split over n ranks, and build the module.
+
+        Raises:
+            ConfigError: a file is missing or broken, or there are fewer examples than ranks.
+        """
+
+
+def default_dtype(dtype: Literal["float32", "float64"]) -> torch.dtype:
+    """Return the torch dtype a task calls by name."""
+    return {"float32": torch.float32, "float64": torch.float64}[dtype]
