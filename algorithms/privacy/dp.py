@@ -15,8 +15,8 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from gossamer.algorithms.privacy import accounting
-from gossamer.algorithms.privacy.accounting import Segment
 from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, ClipKind, make_clip
+from gossamer.algorithms.privacy.ledger import Ledger
 from gossamer.algorithms.privacy.noise import NoiseMode, SecretNoise
 from gossamer.algorithms.privacy.statement import PrivacyStatement
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
@@ -31,9 +31,6 @@ from gossamer.algorithms.protocols import (
 from gossamer.runtime import Communicator, ConfigError, combine
 
 __all__ = ["DP"]
-
-_SEGMENTS = 16
-"""How often sigma may change over the resumptions of a run."""
 
 
 class DP(OracleWrapper):
@@ -74,15 +71,11 @@ class DP(OracleWrapper):
     _mode: NoiseMode = PrivateAttr(default="split")
     _noise: SecretNoise = PrivateAttr()
     _clip: AnyClip = PrivateAttr()
-    _rates: list[float] = PrivateAttr()  # of every rank
+    _ledger: Ledger = PrivateAttr()
     _sizes: list[float] = PrivateAttr()  # what each rank's sum is divided by
     _expected: list[float] = PrivateAttr()  # of the hosted ranks
     _examples: int = PrivateAttr(default=0)
     _unit: str = PrivateAttr(default="example")
-    _sigma: float = PrivateAttr(default=0.0)
-    _delta: float = PrivateAttr(default=0.0)
-    _planned: int | None = PrivateAttr(default=None)
-    _history: list[tuple[float, int]] = PrivateAttr(default_factory=list)  # (sigma, releases)
     _seeded: bool = PrivateAttr(default=False)
     _last: RankBatches | None = PrivateAttr(default=None)
 
@@ -140,8 +133,8 @@ class DP(OracleWrapper):
                 "needs; leave it out (coins are tossed for each example), or 'full'"
             )
         self._examples = max(sizes) if self._mode == "local" else sum(sizes)
-        self._delta = accounting.default_delta(self._examples) if self.delta is None else self.delta
-        accounting.check_delta(self._delta, self._examples)
+        delta = accounting.default_delta(self._examples) if self.delta is None else self.delta
+        accounting.check_delta(delta, self._examples)
         self._clip = make_clip(
             self.clip, self.clip_norm, self.clip_gamma, len(self.inner.layout.slices)
         )
@@ -152,36 +145,37 @@ class DP(OracleWrapper):
             )
         self._noise = SecretNoise(self._mode, comm, self.noise_seed)
         self._seeded = self.noise_seed is not None
-        return self._plan(plan, sizes)
+        planned, rates = self._plan(plan, sizes)
+        self._ledger = Ledger(rates, delta, self.accountant, self.epsilon)
+        return planned
 
-    def _plan(self, plan: DataPlan, sizes: list[int]) -> DataPlan:
-        """Fix q and what sums are divided by."""
+    def _plan(self, plan: DataPlan, sizes: list[int]) -> tuple[DataPlan, list[float]]:
+        """Fix what sums are divided by; return how to draw, and every rank's q."""
         comm, total = self._comm, sum(sizes)
         if plan.sampling == "full":
-            self._rates = [1.0] * comm.n
             local = self._mode == "local"
             self._sizes = [float(size) if local else total / comm.n for size in sizes]
             self._expected = [self._sizes[r] for r in comm.ranks]
-            return plan
+            return plan, [1.0] * comm.n
         if self._mode == "local":
-            self._rates = [plan.batch_size / size for size in sizes]
+            rates = [plan.batch_size / size for size in sizes]
         else:
-            self._rates = [plan.batch_size * comm.n / total] * comm.n
-        if max(self._rates) > 1:
+            rates = [plan.batch_size * comm.n / total] * comm.n
+        if max(rates) > 1:
             raise ConfigError(
                 f"oracle.batch_size: {plan.batch_size} per rank is more than the "
                 f"{self._examples} examples hold; use 'sampling: full'"
             )
         self._sizes = [float(plan.batch_size)] * comm.n
         self._expected = self._sizes[: comm.local]
-        rate = None if self._mode == "local" else self._rates[0]
-        return DataPlan(
+        drawn = DataPlan(
             batch_size=plan.batch_size,
             sampling="poisson",
             indices=plan.indices,
-            rate=rate,
+            rate=None if self._mode == "local" else rates[0],
             seed_of=lambda rank: self._noise.coin_seed(rank),  # of the keys at the time
         )
+        return drawn, rates
 
     def start(self, steps: int | None, draws: int) -> None:
         """Find sigma, and compare the ranks' noise; exchanges messages."""
@@ -196,29 +190,26 @@ class DP(OracleWrapper):
             ConfigError: there were releases, with a sigma found for another number of them.
         """
         self.inner.restart(calls)
-        if calls == self._planned:
+        ledger = self._ledger
+        if calls == ledger.planned:
             return
-        if self.epsilon is not None and self._history:
+        if self.epsilon is not None and ledger.history:
             raise ConfigError(
-                f"oracle.epsilon: sigma was found for {self._planned} gradients, some of which are "
-                "released, and cannot be found anew; use noise_multiplier"
+                f"oracle.epsilon: sigma was found for {ledger.planned} gradients, some of which "
+                "are released, and cannot be found anew; use noise_multiplier"
             )
         self._find_sigma(calls)
 
     def _find_sigma(self, releases: int | None) -> None:
         """Fix the number of releases, and sigma."""
-        self._planned = releases
+        ledger = self._ledger
+        ledger.planned = releases
         if self.noise_multiplier is not None:
-            self._sigma = self.noise_multiplier
+            ledger.sigma = self.noise_multiplier
             return
-        if releases is None:
-            raise ConfigError("oracle.epsilon: needs a number of steps; or noise_multiplier")
-        assert self.epsilon is not None
-        found = accounting.calibrate(
-            self.epsilon, self._delta, max(self._rates), releases, self.accountant
-        )
+        found = ledger.calibrated(releases)
         row = torch.full((self._comm.local, 1), found, dtype=torch.float64)
-        self._sigma = float(self._comm.broadcast(row.to(self._comm.device), count=False))
+        ledger.sigma = float(self._comm.broadcast(row.to(self._comm.device), count=False))
 
     # --- a step -----------------------------------------------------------------------------
 
@@ -244,7 +235,7 @@ class DP(OracleWrapper):
         self._check_release(batch, sink)
         if isinstance(self._clip, AdaptiveClip):
             return self._adaptive(x, batch, combine)
-        return self._release(x, batch, combine, self._sigma)
+        return self._release(x, batch, combine, self._ledger.sigma)
 
     def _release(
         self,
@@ -256,8 +247,9 @@ class DP(OracleWrapper):
         comm, layout, bound = self._comm, self.inner.layout, self._clip.sensitivity
         secret_of = self._noise.coin_seed
         found = self.inner.clipped(x, batch, self._clip, combine=points, secret_of=secret_of)
-        self._noise.add_(found.grad, layout, self._releases, self._noise.scales(sigma * bound))
-        self._count()
+        scales = self._noise.scales(sigma * bound)
+        self._noise.add_(found.grad, layout, self._ledger.releases, scales)
+        self._ledger.count()
         factors = torch.tensor([[1 / size] for size in self._expected], dtype=torch.float64)
         grad = combine([(factors, found.grad)], out=found.grad)
         # What the optimizer may know: sigma C / B, in a row (the noisiest) and in the mean of all.
@@ -290,20 +282,20 @@ class DP(OracleWrapper):
         sigma_g^-2 + (2 sigma_b)^-2 = sigma^-2 (arXiv:1905.03871, theorem 1), sigma_b = B / 20.
         """
         assert isinstance(self._clip, AdaptiveClip)
-        comm, expected = self._comm, self._expected[0] * self._comm.n
+        comm, sigma, expected = self._comm, self._ledger.sigma, self._expected[0] * self._comm.n
         count_std = expected / 20
-        rest = self._sigma**-2 - (2 * count_std) ** -2 if self._sigma > 0 else math.inf
+        rest = sigma**-2 - (2 * count_std) ** -2 if sigma > 0 else math.inf
         if rest <= 0:
             raise ConfigError(
                 f"oracle.clip: adaptive counts with noise {count_std:g} for an expected batch of "
-                f"{expected:g}, too little for sigma = {self._sigma:g}; use a larger batch_size"
+                f"{expected:g}, too little for sigma = {sigma:g}; use a larger batch_size"
             )
-        number = self._releases
+        number = self._ledger.releases
         estimate = self._release(x, batch, points, rest**-0.5)
         row = torch.zeros(comm.local, 1, dtype=torch.float64)
         row[0] = self._clip.unclipped
         if 0 in comm.ranks:
-            row[0] += self._noise.scalar(number) * (count_std if self._sigma > 0 else 0.0)
+            row[0] += self._noise.scalar(number) * (count_std if sigma > 0 else 0.0)
         total = comm.all_reduce(row.to(comm.device), "sum")
         self._clip.move(float(total), expected)
         return estimate
@@ -313,43 +305,23 @@ class DP(OracleWrapper):
             raise ConfigError(
                 "oracle: dp needs whole gradients to bound them; no per-layer updates"
             )
-        if batch is self._last and min(self._rates) < 1:
+        if batch is self._last and min(self._ledger.rates) < 1:
             raise ConfigError(
                 "oracle: the algorithm takes two gradients of one batch, which the privacy of "
                 "Poisson sampling does not count; use an algorithm with one gradient per batch"
             )
         self._last = batch
-        planned = self._planned
-        if self.epsilon is not None and planned is not None and self._releases >= planned:
-            raise ConfigError(
-                f"oracle.epsilon: the algorithm asks for more gradients than the {self._planned} "
-                "that sigma was found for; use noise_multiplier"
-            )
-
-    @property
-    def _releases(self) -> int:
-        return sum(count for _, count in self._history)
-
-    def _count(self) -> None:
-        if self._history and self._history[-1][0] == self._sigma:
-            sigma, count = self._history[-1]
-            self._history[-1] = (sigma, count + 1)
-        else:
-            self._history.append((self._sigma, 1))
+        self._ledger.require_room()
 
     # --- what a resume needs, and what the report says ---------------------------------------
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the secret keys, C, the releases so far and what they depend on."""
         local, norm = self._comm.local, getattr(self._clip, "norm", self.clip_norm)
-        history = torch.zeros(_SEGMENTS, 2, dtype=torch.float64)
-        for row, (sigma, count) in zip(history, self._history, strict=False):
-            row[0], row[1] = sigma, count
         return {
             "keys": self._noise.keys.clone(),
             "clip_norm": torch.full((local, 1), norm, dtype=torch.float64),
-            "history": history.expand(local, *history.shape).clone(),
-            "planned": torch.full((local, 1), self._planned or 0, dtype=torch.int64),
+            **self._ledger.state(local),
             "seeded": torch.full((local, 1), int(self._seeded), dtype=torch.int64),
             "facts": self._facts(),
         }
@@ -357,7 +329,8 @@ class DP(OracleWrapper):
     def _facts(self) -> Tensor:
         """Return what epsilon is counted with besides sigma: (local, 4) float64."""
         mode = ["split", "rank0", "replicated", "local"].index(self._mode)
-        rows = [[self._rates[r], self._delta, self._examples, mode] for r in self._comm.ranks]
+        ledger = self._ledger
+        rows = [[ledger.rates[r], ledger.delta, self._examples, mode] for r in self._comm.ranks]
         return torch.tensor(rows, dtype=torch.float64)
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
@@ -380,26 +353,11 @@ class DP(OracleWrapper):
                 "epsilon holds for both parts; keep batch_size, delta, the data and noise_mode, or "
                 "start a new run"
             )
-        planned = int(state["planned"][0])
-        if self.epsilon is not None and planned != (self._planned or 0):
-            raise ConfigError(
-                f"oracle.epsilon: the noise so far was found for {planned} gradients, this run "
-                f"asks for {self._planned}; resume with the same steps, or write noise_multiplier "
-                "instead of epsilon"
-            )
+        self._ledger.load(state)
         self._noise.keys = state["keys"].clone()
         self._seeded = self._seeded or bool(state["seeded"][0])
         if isinstance(self._clip, AdaptiveClip):
             self._clip.norm = float(state["clip_norm"][0])
-        rows = state["history"][0].tolist()
-        self._history = [(sigma, int(count)) for sigma, count in rows if count > 0]
-        if self.epsilon is not None and self._history and self._history[-1][0] != self._sigma:
-            raise ConfigError(
-                f"oracle.epsilon: the releases so far had sigma {self._history[-1][0]:g}, this "
-                f"target gives {self._sigma:g}; keep the target, or write noise_multiplier instead"
-            )
-        if len(self._history) >= _SEGMENTS:
-            raise ConfigError(f"resume: sigma changed {_SEGMENTS} times; start a new run")
 
     def branch(self) -> None:
         """Take new secrets: this run may go on otherwise than the one that was saved."""
@@ -407,37 +365,31 @@ class DP(OracleWrapper):
         self._noise = SecretNoise(self._mode, self._comm, self.noise_seed)
         self._noise.agree(self.inner.layout)
 
-    def _accountant(self) -> str:
-        return accounting.resolve(self._segments(0), self.accountant)
-
-    def _segments(self, rank: int) -> list[Segment]:
-        return [Segment(sigma, self._rates[rank], count) for sigma, count in self._history]
-
     def spent(self, rank: int = 0) -> float:
         """Return the epsilon spent so far, on the examples of ``rank`` under local noise."""
-        return accounting.spent(self._segments(rank), self._delta, self.accountant)
+        return self._ledger.spent(rank)
 
     def statement(self) -> dict[str, Any]:
         """Return the privacy statement of the run, under ``privacy``."""
-        rates = self._rates
-        worst = max(range(self._comm.n), key=rates.__getitem__)
+        ledger = self._ledger
+        worst, rates = ledger.worst, ledger.rates
         said = PrivacyStatement(
-            epsilon=self.spent(worst),
+            epsilon=ledger.spent(worst),
             epsilon_target=self.epsilon,
-            delta=self._delta,
-            accountant=accounting.accountant_version(self._accountant()),
+            delta=ledger.delta,
+            accountant=ledger.accountant_version(),
             unit=self._unit,
             examples=self._examples,
             sampler="full" if min(rates) == 1 else "poisson",
-            noise_multiplier=self._sigma,
+            noise_multiplier=ledger.sigma,
             rate=rates[worst],
-            steps=self._releases,
+            steps=ledger.releases,
             clip=self.clip,
             clip_norm=getattr(self._clip, "norm", self.clip_norm),
             noise_mode=self._mode,
             noise_seeded=self._seeded,
             shows_nonprivate=self.show_nonprivate,
             ranks=self._comm.n,
-            segments=tuple((sigma, rates[worst], count) for sigma, count in self._history),
+            segments=tuple((s.noise_multiplier, s.rate, s.steps) for s in ledger.segments(worst)),
         )
         return {**self.inner.statement(), "privacy": said.as_dict()}

@@ -284,7 +284,7 @@ def test_sigma_may_change_more_than_once_and_each_part_counts():
         made = program(delta=1e-4, noise_multiplier=sigma)
         made.oracle.load_state_dict(state)
         state = run(made, 1).oracle.state_dict()
-    assert made.oracle._history == [(1.0, 2), (2.0, 1), (3.0, 1)]
+    assert made.oracle._ledger.history == [(1.0, 2), (2.0, 1), (3.0, 1)]
 
 
 def test_noise_goes_beyond_where_one_counted_normal_ends():

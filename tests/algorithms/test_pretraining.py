@@ -176,13 +176,13 @@ def validation_losses(monkeypatch, losses):
 
 def test_patience_runs_out_after_so_many_evaluations_without_a_lower_loss(monkeypatch):
     made = program(steps=40, dp={"epsilon": 2.0}, patience=2, evaluate_every=3, latest=0.9)
-    first = made.oracle.inner._sigma
+    first = made.oracle.inner._ledger.sigma
     validation_losses(monkeypatch, [1.0, 0.9, math.nan, 0.8, 0.9, 0.8])  # at steps 3, 6, ... 18
     run(made, 18)
     assert releases(made) == 0
     run(made, 1)
     assert made.oracle.statement()["public_data"]["switched_at_step"] == 18
-    assert made.oracle.inner._sigma < first  # found for 22 releases, not 40
+    assert made.oracle.inner._ledger.sigma < first  # found for 22 releases, not 40
     run(made, 21)
     said = made.oracle.statement()["privacy"]
     assert said["steps"] == 22
@@ -256,7 +256,7 @@ def test_all_ranks_switch_at_the_same_step(algorithm):
 def test_local_steps_draw_public_batches_of_their_own_and_releases_are_counted_one_by_one():
     algorithm = LocalSGD(optimizer=SGD(lr=0.1), local_steps=2)
     made = program(2, switch=0.5, steps=8, algorithm=algorithm, dp={"epsilon": 2.0})
-    assert made.oracle.inner._planned == 8
+    assert made.oracle.inner._ledger.planned == 8
     made.step()
     first, second = made.oracle._drawn[1]
     assert not torch.equal(first[0].inputs[0], second[0].inputs[0])
