@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gossamer import __version__
 from gossamer.launch.commands import analyze, bench, topology
 from gossamer.launch.commands.algorithms import algorithms
 from gossamer.launch.commands.doctor import doctor
@@ -27,6 +28,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gossamer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
 
 Overrides = Annotated[
     list[str] | None,

@@ -7,13 +7,6 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from gossamer.launch.agreement import LateError, SilencedError
-from gossamer.launch.processes import end_siblings
-from gossamer.runtime.errors import CommError, ConfigError
-from gossamer.runtime.loop import Terminated
-from gossamer.runtime.transports.select import detect_launcher, process_index, world_size
-from gossamer.topologies import TopologyError
-
 __all__ = ["exit_status"]
 
 
@@ -21,31 +14,45 @@ def exit_status(action: Callable[[], int]) -> int:
     """Run ``action`` and return the exit status; a failure is printed, and ends an MPI world."""
     try:
         return action()
-    except SilencedError:
-        return 2
-    except (ConfigError, TopologyError) as error:
-        print(f"gossamer: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Terminated as note:
-        if process_index() == 0:
-            print(f"gossamer: {note}", file=sys.stderr, flush=True)
-        return 143
-    except (CommError, LateError) as error:
-        print(f"gossamer: process {process_index()}: {error}", file=sys.stderr, flush=True)
-        if os.environ.get("GOSSAMER_TRACEBACK"):
-            traceback.print_exc()
-        return _abort()
     except KeyboardInterrupt:
         print("gossamer: interrupted", file=sys.stderr, flush=True)
         return _abort()
-    except Exception:
-        print(f"gossamer: process {process_index()} failed", file=sys.stderr)
-        traceback.print_exc()
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    # Imported here: these bring torch along, for which the help need not wait.
+    from gossamer.launch.agreement import LateError, SilencedError
+    from gossamer.runtime.errors import CommError, ConfigError
+    from gossamer.runtime.loop import Terminated
+    from gossamer.runtime.transports.select import process_index
+    from gossamer.topologies import TopologyError
+
+    if isinstance(error, SilencedError):
+        return 2
+    if isinstance(error, ConfigError | TopologyError):
+        print(f"gossamer: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if isinstance(error, Terminated):
+        if process_index() == 0:
+            print(f"gossamer: {error}", file=sys.stderr, flush=True)
+        return 143
+    if isinstance(error, CommError | LateError):
+        print(f"gossamer: process {process_index()}: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("GOSSAMER_TRACEBACK"):
+            traceback.print_exception(error)
         return _abort()
+    print(f"gossamer: process {process_index()} failed", file=sys.stderr)
+    traceback.print_exception(error)
+    return _abort()
 
 
 def _abort() -> int:
     """End every process of an MPI world; elsewhere the launcher or the parent ends the others."""
+    from gossamer.launch.processes import end_siblings
+    from gossamer.runtime.transports.select import detect_launcher, world_size
+
     sys.stdout.flush()
     sys.stderr.flush()
     if detect_launcher() == "mpi" and world_size() > 1 and "mpi4py.MPI" in sys.modules:
