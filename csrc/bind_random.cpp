@@ -69,6 +69,18 @@ void bind_random(nb::module_& m) {
       },
       "out"_a, "n"_a, "begin"_a, "key"_a, "c1"_a, "c2"_a, "c3"_a);
   m.def(
+      "fill_word_rows",
+      [](std::uintptr_t out, std::size_t n, std::uint64_t key,
+         const std::vector<std::uint32_t>& ids, std::uint32_t c2, std::uint32_t c3) {
+        nb::gil_scoped_release release;
+        std::uint32_t* row = pointer<std::uint32_t>(out);
+        for (const std::uint32_t id : ids) {
+          gossamer::fill_words(row, n, 0, {key, id, c2, c3});
+          row += n;
+        }
+      },
+      "out"_a, "n"_a, "key"_a, "ids"_a, "c2"_a, "c3"_a);
+  m.def(
       "normals_of_words",
       [](std::uintptr_t words, std::size_t n, std::uintptr_t out) {
         nb::gil_scoped_release release;

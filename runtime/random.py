@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from gossamer.runtime import native
 __all__ = ["Random", "Stream", "derive_key"]
 
 
+@lru_cache(maxsize=4096)
 def derive_key(seed: int, name: str) -> int:
     """Return the 64-bit key of the streams called ``name`` in a run with this ``seed``."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -93,8 +95,7 @@ class Stream:
         return out
 
     def _words(self, count: int) -> np.ndarray:
-        rows = [native.fill_words(count, self.key, self._counter(k)) for k in range(len(self.ids))]
-        return np.stack(rows)
+        return native.fill_word_rows(count, self.key, self.ids, (self.step, self.draw))
 
 
 @dataclass(frozen=True)

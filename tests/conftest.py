@@ -26,18 +26,21 @@ def launch_environment() -> dict[str, str]:
     return ours | MPI_ENVIRONMENT
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU, or MPI ranks, where there are none; keep jobs of many processes apart.
 
     Under ``pytest -n`` one worker runs all of MANY_PROCESSES, one test at a time: two such jobs at
-    once would only take each other's cores.
+    once would only take each other's cores. The claims share a laboratory, so one worker has them.
     """
     import torch
 
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
     for item in items:
-        if item.path.parent.name in MANY_PROCESSES:
-            item.add_marker(pytest.mark.xdist_group("many processes"))
+        folder = item.path.parent.name
+        if folder == "claims" or folder in MANY_PROCESSES:
+            group = "claims" if folder == "claims" else "many processes"
+            item.add_marker(pytest.mark.xdist_group(group))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("mpi") and ranks == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ __all__ = [
     "add_random",
     "fill",
     "fill_random",
+    "fill_word_rows",
     "fill_words",
     "normals_of_words",
     "subtract_random",
@@ -247,6 +248,15 @@ def fill_words(count: int, key: int, counter: tuple[int, int, int], begin: int =
     """Return ``count`` raw 32-bit words of the Philox stream (key; c1, c2, c3) as uint32."""
     words = np.empty(count, dtype=np.uint32)
     _C.fill_words(words.ctypes.data, count, begin, key, *counter)
+    return words
+
+
+def fill_word_rows(
+    count: int, key: int, ids: Sequence[int], counter: tuple[int, int]
+) -> np.ndarray:
+    """Return the first ``count`` words of the streams (key; id, c2, c3), uint32 (ids, count)."""
+    words = np.empty((len(ids), count), dtype=np.uint32)
+    _C.fill_word_rows(words.ctypes.data, count, key, ids, *counter)
     return words
 
 
