@@ -372,12 +372,26 @@ def _override(values: dict[str, Any], keys: list[str], value: Any, path: str) ->
     old = values.get(key)
     if not rest:
         return merge(values, {key: value})
+    if isinstance(old, list):
+        return values | {key: _override_entry(old, rest, value, path)}
     if old is not None and not isinstance(old, dict):
         raise ConfigError(
             f"-s {path}: '{key}' is {old!r}, not a section with fields of its own; "
             f"write -s {key}=VALUE"
         )
     return values | {key: _override(old or {}, rest, value, path)}
+
+
+def _override_entry(entries: list[Any], keys: list[str], value: Any, path: str) -> list[Any]:
+    """Change the entry of a list of components that goes by the first key."""
+    name, *rest = keys
+    names = [entry.get("name") if isinstance(entry, dict) else entry for entry in entries]
+    if name not in names:
+        raise ConfigError(f"-s {path}: no entry '{name}'{nearest(name, map(str, names))}")
+    place = names.index(name)
+    entry = entries[place] if isinstance(entries[place], dict) else {"name": name}
+    changed = _override(entry, rest, value, path) if rest else value
+    return [*entries[:place], changed, *entries[place + 1 :]]
 
 
 def merge(values: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""gossamer analyze improvement: what a private step gains, and what it costs."""
+"""gossamer analyze improvement | audit: what a private step gains, what a private run leaks."""
 
 from __future__ import annotations
 
@@ -12,28 +12,66 @@ import typer
 
 if TYPE_CHECKING:  # torch is imported when a command runs
     from gossamer.algorithms.privacy.improvement import Advice, Budget, Terms
+    from gossamer.launch.audit import Audit
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Look into a run's problem before, or while, it trains.", no_args_is_help=True
+    help="Look into a run before it trains: what it gains, what it leaks.", no_args_is_help=True
 )
 
 _ROWS = 9
 
 
-@app.callback()
-def _verbs() -> None:
-    """Keep ``improvement`` a verb of its own, though it is the only one."""
+File = Annotated[Path, typer.Argument(help="YAML of a run; its oracle should hold dp.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a field of the file."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def audit(
+    file: File,
+    settings: Overrides = None,
+    canaries: Annotated[int, typer.Option(min=2, help="Examples to guess about.")] = 1000,
+    guesses: Annotated[
+        int | None, typer.Option(min=1, help="How many, the others are abstentions [half].")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the canaries' places and coins.")] = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Train the run on canaries and prove an epsilon from below. Status 1 above the reported."""
+    from gossamer.launch.audit import audit as run_audit
+
+    found = run_audit(
+        file,
+        settings or [],
+        canaries=canaries,
+        guesses=guesses,
+        confidence=confidence,
+        seed=seed,
+    )
+    typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else _told(found))
+    return 1 if found.refuted else 0
+
+
+def _told(found: Audit) -> str:
+    verdict = "more than" if found.refuted else "which does not contradict"
+    return (
+        f"{found.right} of {found.guesses} guesses about {found.canaries} canaries were right.\n"
+        f"With confidence {found.confidence:g}, epsilon is at least {found.lower_bound:.3g} at "
+        f"delta {found.delta:.3g}, {verdict} the {found.reported:.3g} that the run reports.\n"
+        "One run proves an epsilon from below: that it is small is no guarantee."
+    )
 
 
 @app.command()
 def improvement(
-    file: Annotated[Path, typer.Argument(help="YAML of a run; its oracle should hold dp.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a field of the file."),
-    ] = None,
+    file: File,
+    settings: Overrides = None,
     epsilon: Annotated[float | None, typer.Option(help="Privacy budget [dp's].")] = None,
     delta: Annotated[float | None, typer.Option(help="Of the budget [dp's, or N^-1.1].")] = None,
     epochs: Annotated[
@@ -42,7 +80,7 @@ def improvement(
     at: Annotated[Path | None, typer.Option(help="Run or checkpoint to look at [x0].")] = None,
     probes: Annotated[int, typer.Option(min=2, help="Random vectors for each trace.")] = 32,
     examples: Annotated[int, typer.Option(min=2, help="Examples at most.")] = 2048,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate how much a step gains per example, and recommend batch size and switch."""
     from gossamer.launch.improvement import analyze
