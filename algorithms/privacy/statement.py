@@ -38,7 +38,8 @@ class PrivacyStatement:
             ``pairwise``) and differ; ``epsilon`` is then the largest.
         epsilon_against_one_rank: under ``pairwise``, against a rank that colludes with no other.
         sends: what leaves a rank in a step, in words.
-        segments: the history as (noise_multiplier, rate, steps), where it has several.
+        segments: what was accounted for, as (noise_multiplier, rate, steps); shown where it is not
+            the run's own figures.
         filter: what runs behind the noise, as configured, with ``rho_inf``; None without.
         correlation: the strategy of correlated noise, as configured; None for independent noise.
         neighbors: which two data sets the guarantee makes alike.
@@ -217,7 +218,7 @@ class PrivacyStatement:
                 "in the checkpoint (mode 0600) alone and must not be published"
             ),
         }
-        if len(self.segments) > 1:
+        if len(self.segments) > 1 or self.correlation is not None:
             shown["segments"] = [
                 {"noise_multiplier": noise, "rate": rate, "steps": steps}
                 for noise, rate, steps in self.segments

@@ -7,12 +7,20 @@ from hypothesis import strategies as st
 from private_for_tests import EXAMPLES, FEATURES, problem, program, run
 from torch import nn
 
+from gossamer.algorithms.decentralized.all_reduce import AllReduce
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.optimizers.sgd import SGD
+from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.privacy import clipping
+from gossamer.algorithms.privacy.disk import Disk
+from gossamer.algorithms.privacy.doppler import Doppler
+from gossamer.algorithms.privacy.dp import DP
 from gossamer.algorithms.problems import Batch
-from gossamer.runtime import ConfigError, row_norm
+from gossamer.algorithms.program import TrainingProgram
+from gossamer.runtime import Communicator, ConfigError, StackedTransport, row_norm
+from gossamer.runtime.component import validate
 from gossamer.runtime.perturb import perturb_
+from gossamer.topologies import build
 
 # --- sums -------------------------------------------------------------------------------------
 
@@ -349,3 +357,38 @@ def test_noise_of_the_mean_is_refused_where_ranks_show_their_own(mode):
     algorithm = DSGD(optimizer=SGD(lr=0.1))
     with pytest.raises(ConfigError, match=rf"noise_mode: {mode} protects the mean.*use local"):
         program(4, noise_multiplier=1.0, noise_mode=mode, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("wrapper", [Doppler, Disk])
+def test_a_filter_inside_is_refused_with_the_order_to_write(wrapper):
+    inner = wrapper(inner=Backprop())
+    with pytest.raises(ConfigError, match=rf"oracle\.inner: .*\[\.\.\., dp, {inner.name}\]"):
+        validate(DP, {"noise_multiplier": 1.0, "inner": inner}, "oracle")
+
+
+class Branches(nn.Module):
+    """Looks at a value, which torch.func does not allow, and owns its parameter itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(FEATURES, 2))
+
+    def forward(self, x):
+        return x @ self.weight if x.sum().item() > 0 else x @ -self.weight
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4)), "'1' is a BatchNorm1d"),
+        (Branches(), r"task\.model: .* torch\.func .*use layers of torch\.nn"),
+    ],
+    ids=["batch norm", "branches"],
+)
+def test_a_model_without_gradients_of_single_examples_is_refused_before_the_first(module, message):
+    task = problem()
+    task.module = module
+    comm = Communicator(build("ring", 1), StackedTransport())
+    oracle = DP(noise_multiplier=1.0, inner=Backprop(batch_size=60))
+    with pytest.raises(ConfigError, match=message):
+        TrainingProgram(comm, task, oracle, AllReduce(optimizer=SGD(lr=0.5)))
