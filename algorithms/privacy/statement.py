@@ -127,16 +127,16 @@ class PrivacyStatement:
             "the means are clear to them too"
         ),
         "local": (
-            "made of its gradients after the whole noise (noise_multiplier * clip_norm in each "
-            "element of a sum) was added to them. Whoever sees every message in all steps has "
-            "the stated epsilon and no more"
+            "made of its gradients after the whole noise (noise_multiplier times the bound on an "
+            "example, in each element of a sum) was added to them. Whoever sees every message in "
+            "all steps has the stated epsilon and no more"
         ),
         "pairwise": (
-            "made of its gradients after its own noise (noise_multiplier * clip_norm in each "
-            "element of a sum) and the noise shared with its neighbors were added to them. A "
-            "neighbor can take off what it shares with the sender, and nothing else; whoever sees "
-            "every message in all steps and knows all shared noise has the stated epsilon and no "
-            "more"
+            "made of its gradients after its own noise (noise_multiplier times the bound on an "
+            "example, in each element of a sum) and the noise shared with its neighbors were added "
+            "to them. A neighbor can take off what it shares with the sender, and nothing else; "
+            "whoever sees every message in all steps and knows all shared noise has the stated "
+            "epsilon and no more"
         ),
     }
 
