@@ -153,11 +153,6 @@ class DP(OracleWrapper):
         self.inner.require_clipped()
         require_countable(plan, self.inner, problem)
         sizes = [len(shard) for shard in problem.shards]
-        if problem.mixes_examples:
-            raise ConfigError(
-                "task.standardize: the mean and spread of all examples are in each of them, which "
-                "dp does not protect; scale by public constants, and leave it out"
-            )
         own = self._mode in _OWN
         self._examples = max(sizes) if own else sum(sizes)
         delta = accounting.default_delta(self._examples) if self.delta is None else self.delta
@@ -177,13 +172,15 @@ class DP(OracleWrapper):
         self._expected = [self._sizes[r] for r in comm.ranks]
         self._noise = self._secret_noise()
         self._seeded = self.noise_seed is not None
-        self._ledger = Ledger(drawn.rates, delta, self.accountant, self.epsilon, bands=bands)
-        self._ledger.facts = {
+        facts = {
             "examples": self._examples,
             "noise_mode": get_args(NoiseMode).index(self._mode),
             "pairwise_multiplier": self.pairwise_multiplier or 0.0,
             "pairs": 0.0 if self._pairs is None else self._pairs.fingerprint(),
         }
+        self._ledger = Ledger(
+            drawn.rates, delta, self.accountant, self.epsilon, bands=bands, facts=facts
+        )
         return drawn.plan
 
     def _secret_noise(self) -> SecretNoise | CorrelatedNoise:
@@ -205,21 +202,16 @@ class DP(OracleWrapper):
         """Find sigma for the releases to come, of which there is none yet; exchanges messages.
 
         Raises:
-            ConfigError: there were releases, with a sigma found for another number of them.
+            ConfigError: there were releases, of noise found for another number of them.
         """
         self.inner.restart(calls)
         ledger = self._ledger
         if calls == ledger.planned:
             return
-        if ledger.releases and self.correlation is not None:
+        if ledger.releases and (self.epsilon is not None or self.correlation is not None):
             raise ConfigError(
-                "oracle.correlation: gradients were released before the restart, whose noise those "
-                "to come would take back; leave correlation out"
-            )
-        if self.epsilon is not None and ledger.history:
-            raise ConfigError(
-                f"oracle.epsilon: sigma was found for {ledger.planned} gradients, some of which "
-                "are released, and cannot be found anew; use noise_multiplier"
+                f"oracle.epsilon: noise was found for {ledger.planned} gradients, some of which "
+                "are released, and cannot be found anew; use noise_multiplier, without correlation"
             )
         self._find_sigma(calls)
 
@@ -393,7 +385,6 @@ class DP(OracleWrapper):
         alone = None
         if pairs is not None and pairs.knows_against_one:
             alone = ledger.spent_with(pairs.against_one)
-        segments = ledger.segments(worst)
         said = PrivacyStatement(
             epsilon=max(each) if each else ledger.spent(worst),
             epsilon_per_rank=each,
@@ -415,7 +406,7 @@ class DP(OracleWrapper):
             pairwise_multiplier=self.pairwise_multiplier,
             ranks=self._comm.n,
             sends=self._sends,
-            segments=tuple((s.noise_multiplier, s.rate, s.steps) for s in segments),
+            segments=tuple((s.noise_multiplier, s.rate, s.steps) for s in ledger.segments(worst)),
             correlation=None if self.correlation is None else self.correlation.model_dump(),
         )
         return {**self.inner.statement(), "privacy": said.as_dict()}

@@ -16,8 +16,14 @@ def require_countable(plan: DataPlan, inner: Oracle, problem: Problem) -> None:
     """Refuse batches that no accounting covers.
 
     Raises:
-        ConfigError: the task is a stream, or the oracle inside was told another sampling.
+        ConfigError: the task is a stream, or the oracle inside was told another sampling, or an
+            example's inputs have others in them.
     """
+    if problem.mixes_examples:
+        raise ConfigError(
+            "task.standardize: the mean and spread of all examples are in each of them, which dp "
+            "does not protect; scale by public constants, and leave it out"
+        )
     if not problem.shards:
         raise ConfigError("oracle: dp needs a finite dataset, the task is a stream")
     # A resolved configuration spells the default out: it stands for the coins of dp.
