@@ -51,10 +51,12 @@ class Batch:
     Attributes:
         inputs: what the loss takes after the module; the first size is the number of examples.
         indices: int64 (examples,), their places in the dataset; None unless the plan asks.
+        block: which of the plan's blocks they were drawn from.
     """
 
     inputs: tuple[Tensor, ...]
     indices: Tensor | None = None
+    block: int = 0
 
     def __len__(self) -> int:
         return len(self.inputs[0])
@@ -80,6 +82,8 @@ class DataPlan:
         seed_of: rank -> seed of its coins under ``poisson``, where they must stay secret; asked
             for at every draw. None: the run's seed.
         shards: per rank, int64 places in the training set to draw from; None: the problem's own.
+        blocks: parts of each shard that take turns under ``poisson``, draw by draw, each at
+            ``blocks`` times the rate. An example's block follows from its place in the shard.
     """
 
     batch_size: int
@@ -88,6 +92,7 @@ class DataPlan:
     rate: float | None = None
     seed_of: Callable[[int], int] | None = None
     shards: tuple[np.ndarray, ...] | None = None
+    blocks: int = 1
 
 
 Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -65,12 +65,17 @@ class Origin:
     """What is known about a gradient beyond its values, for the optimizer that takes it.
 
     Attributes:
-        noise_var: variance per element of noise that was added on purpose.
+        noise_var: variance per element of noise that was added on purpose: a number, or one per
+            hosted rank as (local, 1) float64; None: not known.
         restart: the gradients come from another source from now on: first moments start anew.
     """
 
-    noise_var: float = 0.0
+    noise_var: float | Tensor | None = None
     restart: bool = False
+
+    def scaled(self, gain: float) -> Origin:
+        """Return what is known of a gradient whose noise has ``gain`` times the variance."""
+        return self if self.noise_var is None else replace(self, noise_var=self.noise_var * gain)
 
 
 PLAIN = Origin()
@@ -205,6 +210,26 @@ class Oracle(Component, ABC):
             sink: called per slice of the row, in one order on all ranks, instead of holding a row.
         """
 
+    @property
+    def noise_strategy(self) -> tuple[float, ...] | None:
+        """First column of K, where the noise of its calls is K^-1 times white noise.
+
+        Row t goes to call t since it started anew; None: independent from call to call.
+        """
+        return None
+
+    def require_clipped(self) -> None:
+        """Get ready for ``clipped``, after ``setup``.
+
+        Raises:
+            ConfigError: this oracle has no gradients of single examples.
+        """
+        if type(self).clipped is Oracle.clipped:
+            raise ConfigError(
+                f"oracle: {self.name} has no gradients of single examples, which privacy bounds "
+                "one by one; put dp around backprop"
+            )
+
     def clipped(
         self,
         x: Tensor,
@@ -229,10 +254,8 @@ class Oracle(Component, ABC):
         Raises:
             ConfigError: this oracle has no gradients of single examples.
         """
-        raise ConfigError(
-            f"oracle: {self.name} has no gradients of single examples, which privacy bounds one by "
-            "one; put dp around backprop"
-        )
+        self.require_clipped()
+        raise NotImplementedError(f"{type(self).__name__}.clipped")
 
     @abstractmethod
     def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
@@ -276,6 +299,11 @@ class OracleWrapper(Oracle):
         """Branch the inner oracle."""
         self.inner.branch()
 
+    def require_clipped(self) -> None:
+        """Ask the inner oracle, too."""
+        super().require_clipped()
+        self.inner.require_clipped()
+
     @property
     def layout(self) -> RowLayout:
         """The inner oracle's."""
@@ -292,6 +320,11 @@ class OracleWrapper(Oracle):
         return self.inner.training_figures
 
     @property
+    def noise_strategy(self) -> tuple[float, ...] | None:
+        """The inner oracle's."""
+        return self.inner.noise_strategy
+
+    @property
     def buffers(self) -> Any:
         """The inner oracle's buffers, None where it keeps none."""
         return getattr(self.inner, "buffers", None)
@@ -300,14 +333,24 @@ class OracleWrapper(Oracle):
         """Return the inner oracle's losses."""
         return self.inner.loss(x, batch)
 
+    @property
+    def _prefix(self) -> str:
+        """``NAME.``; ``NAME@2.`` around another of this name, and so on."""
+        layer, same = self.inner, 1
+        while isinstance(layer, OracleWrapper):
+            same += layer.name == self.name
+            layer = layer.inner
+        return f"{self.name}." if same == 1 else f"{self.name}@{same}."
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the inner oracle's state and, under ``NAME.``, this one's ``own_state``."""
-        own = {f"{self.name}.{key}": value for key, value in self.own_state().items()}
+        prefix = self._prefix
+        own = {f"{prefix}{key}": value for key, value in self.own_state().items()}
         return self.inner.state_dict() | own
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Give each its own."""
-        prefix = f"{self.name}."
+        prefix = self._prefix
         self.load_own_state(
             {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
         )
@@ -383,6 +426,8 @@ class Algorithm(Component, ABC):
     """The forms of oracle it takes; another is made dense with a message, or refused."""
     uses: ClassVar[Literal["rows", "mean"]] = "rows"
     """What of the oracle's gradients leaves a rank: each rank's own, or the mean over all alone."""
+    sends: ClassVar[str] = "what its algorithm exchanges"
+    """What leaves a rank in a step, in words; a private run's report says it."""
     optional_optimizer: ClassVar[bool] = False
     """Whether it runs with and without an ``optimizer`` section."""
     objective: ClassVar[Literal["ranks", "examples"] | None] = None

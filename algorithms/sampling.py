@@ -100,8 +100,9 @@ class Sampler:
             for group in self._groups:
                 drawn.update(zip(group.rows, self._draw(group, step, draw, count), strict=True))
             places += [drawn[row] for row in range(len(self._ranks))]
-        batches = self._fetch(places)
         local = len(self._ranks)
+        blocks = [(step * count + k // local) % self._plan.blocks for k in range(len(places))]
+        batches = self._fetch(places, blocks)
         return [batches[k * local : (k + 1) * local] for k in range(count)]
 
     def _draw(self, group: _Group, step: int, draw: int, count: int) -> list[np.ndarray]:
@@ -112,12 +113,16 @@ class Sampler:
         if self._plan.sampling == "replacement":
             stream = self._random.stream("data", group.ranks, step, draw)
             return list(group.take(stream.integers(length, size).numpy()))
-        rate = self._plan.rate
+        rate, blocks = self._plan.rate, self._plan.blocks
         # 32-bit coins, rounded down: never more likely than the rate that privacy is counted for.
-        heads = size * 2**32 // length if rate is None else math.floor(rate * 2**32)
+        heads = (
+            size * blocks * 2**32 // length if rate is None else math.floor(rate * blocks * 2**32)
+        )
+        # Every blocks-th example: a shard may be sorted, and all its blocks are to be alike.
+        parts = group.shards[:, (step * count + draw) % blocks :: blocks]
         return [
-            shard[self._coins(rank, length, step, draw) < heads]
-            for rank, shard in zip(group.ranks, group.shards, strict=True)
+            part[self._coins(rank, len(part), step, draw) < heads]
+            for rank, part in zip(group.ranks, parts, strict=True)
         ]
 
     def _coins(self, rank: int, length: int, step: int, draw: int) -> np.ndarray:
@@ -150,8 +155,9 @@ class Sampler:
         size = self._plan.batch_size
         return [Batch(stream.draw(self._seed, rank, step, draw, size)) for rank in self._ranks]
 
-    def _fetch(self, places: list[np.ndarray]) -> list[Batch]:
+    def _fetch(self, places: list[np.ndarray], blocks: Sequence[int] | None = None) -> list[Batch]:
         """Look all examples up at once, then cut them into one batch per element of ``places``."""
+        blocks = [0] * len(places) if blocks is None else blocks
         flat = torch.from_numpy(np.concatenate(places))
         columns = cast(Dataset, self._problem.train)[flat]
         if self._plan.indices:
@@ -159,8 +165,8 @@ class Sampler:
         sizes = [len(p) for p in places]
         cut = [map(_aligned, torch.split(column, sizes)) for column in columns]
         if not self._plan.indices:
-            return [Batch(inputs) for inputs in zip(*cut, strict=True)]
-        return [Batch(tuple(inputs), last) for *inputs, last in zip(*cut, strict=True)]
+            return [Batch(tuple(i), None, b) for *i, b in zip(*cut, blocks, strict=True)]
+        return [Batch(tuple(i), last, b) for *i, last, b in zip(*cut, blocks, strict=True)]
 
     def _check(self) -> None:
         plan = self._plan
@@ -178,11 +184,17 @@ class Sampler:
                 raise ConfigError(
                     f"task: rank {rank} has no training example; use fewer ranks, or another split"
                 )
-            if plan.sampling == "poisson" and plan.rate is None and plan.batch_size > length:
+            most = length // plan.blocks
+            if plan.sampling == "poisson" and plan.rate is None and plan.batch_size > most:
                 raise ConfigError(
-                    f"oracle.batch_size: rank {rank} holds {length} examples, so that "
-                    f"each cannot be drawn with probability {plan.batch_size}/{length}; use at "
-                    f"most {length}, or fewer ranks"
+                    f"oracle.batch_size: rank {rank} holds {length} examples in {plan.blocks} "
+                    f"blocks, so that each cannot be drawn with probability "
+                    f"{plan.batch_size * plan.blocks}/{length}; use at most {most}, or fewer ranks"
+                )
+            if length < plan.blocks:
+                raise ConfigError(
+                    f"oracle: rank {rank} holds {length} examples, too few for {plan.blocks} "
+                    "blocks; use fewer blocks, or fewer ranks"
                 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import networkx as nx
 import numpy as np
@@ -123,6 +123,7 @@ class ADPSGD(FixedRule):
     oracle says before its last round is thrown away.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["ad-psgd"] = "ad-psgd"
     slowest: int = Field(default=1, ge=1)
     """Most rounds that a rank needs for a gradient; 1: all are equally fast."""

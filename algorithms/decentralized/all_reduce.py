@@ -33,6 +33,7 @@ class AllReduce(Algorithm):
 
     uses: ClassVar[Literal["rows", "mean"]] = "mean"
     objective: ClassVar[Literal["ranks", "examples"] | None] = "examples"
+    sends: ClassVar[str] = "its gradient"
     name: Literal["all-reduce"] = "all-reduce"
     optimizer: Optimizer = Field(exclude=True)
     """The local update; any optimizer."""

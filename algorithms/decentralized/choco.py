@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -57,6 +57,7 @@ class Choco(Algorithm):
     compressor works on each parameter tensor by itself.
     """
 
+    sends: ClassVar[str] = "compressed changes of its parameters"
     name: Literal["choco"] = "choco"
     compressor: Contraction = TopK()
     """What is sent of a difference: top-k, random-k, sign, qsgd or identity, with its options."""

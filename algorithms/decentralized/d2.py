@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -37,6 +37,7 @@ class D2(FixedRule):
     -1/3), else the iterates diverge; (I + W) / 2 always qualifies, and has the same limit.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["d2"] = "d2"
     lazy: Lazy = "auto"
     """``auto``: W if lambda_min(W) > -1/3, else (I + W) / 2 with a warning; ``never``: refuse."""
@@ -81,6 +82,7 @@ class EDM(FixedRule):
     its own code was not found.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["edm"] = "edm"
     beta: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old momentum that stays."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -59,6 +59,7 @@ class DAMSGrad(FixedRule):
     stochastic. x and ut travel as one message of 2 d elements.
     """
 
+    sends: ClassVar[str] = "its parameters and its tracked second moments"
     name: Literal["damsgrad"] = "damsgrad"
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old first moment that stays."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +34,7 @@ class DecentLaM(FixedRule):
     DSGD with the same rate, whatever beta.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["decentlam"] = "decentlam"
     beta: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old momentum that stays."""

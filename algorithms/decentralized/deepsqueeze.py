@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -51,6 +51,7 @@ class DeepSqueeze(Algorithm):
     compressors. The compressor works on each parameter tensor by itself.
     """
 
+    sends: ClassVar[str] = "its compressed parameters"
     name: Literal["deepsqueeze"] = "deepsqueeze"
     compressor: Contraction = TopK()
     """What is sent: top-k, random-k, sign, qsgd or identity, with its options."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -48,6 +48,7 @@ class DiLoCo(Algorithm):
     outer_lr 1 and mu 0 is FedAvg.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["diloco"] = "diloco"
     local_steps: int = Field(default=500, ge=1)
     """H, inner updates in a round; 500 is the paper's."""

@@ -80,6 +80,10 @@ class DNASA(Algorithm):
     """
 
     optional_optimizer: ClassVar[bool] = True
+    sends: ClassVar[str] = (
+        "its parameters and its moving average of gradients (with tracking: gt, its "
+        "tracked gradient too)"
+    )
     name: Literal["d-nasa"] = "d-nasa"
     preset: Literal["theory", "official_nn"] = "theory"
     """``official_nn``: a 0.3, no clipping, norms per layer, as the authors' network code."""

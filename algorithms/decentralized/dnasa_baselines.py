@@ -93,6 +93,7 @@ class OfficialDSGD(_Official):
     """
 
     tracks: ClassVar[bool] = False
+    sends: ClassVar[str] = "its parameters"
     name: Literal["official-dsgd"] = "official-dsgd"
 
 
@@ -104,6 +105,7 @@ class OfficialDSGT(_Official):
     """
 
     tracks: ClassVar[bool] = True
+    sends: ClassVar[str] = "its parameters and its tracked gradient"
     name: Literal["official-dsgt"] = "official-dsgt"
 
 
@@ -133,6 +135,7 @@ class DASAGT(FixedRule):
     synthetic: xh = x - lr z;  z = W((1 - a_k) z + a_k g(xh));  x = W xh, a_k = a sqrt(n / k)
     """
 
+    sends: ClassVar[str] = "its parameters and its moving average of gradients"
     name: Literal["d-asagt"] = "d-asagt"
     form: Literal["network", "synthetic"] = "network"
     """Which of the authors' two programs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -33,6 +33,7 @@ class DNSGD(FixedRule):
     stochastic. One exchange of d elements. A zero gradient moves nothing.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["dnsgd"] = "dnsgd"
     eps: float = Field(default=1e-30, ge=0)
     """A gradient no longer than this is zero."""

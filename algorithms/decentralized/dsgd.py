@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -36,6 +36,7 @@ class DSGD(Algorithm):
     grows like 1 / (1 - beta)^2. ``mix_momentum``: m = W(beta m + g); x = W x - lr m.
     """
 
+    sends: ClassVar[str] = "its parameters (with mix_momentum, its momentum too)"
     name: Literal["dsgd"] = "dsgd"
     order: Literal["atc", "cta"] = "atc"
     """Which comes first: adapt (the local step) or combine (the average)."""

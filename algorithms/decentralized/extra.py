@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Extra(FixedRule):
     travels while the gradient is computed.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["extra"] = "extra"
 
     def adapt(self, topology: Topology) -> Topology:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -60,6 +60,7 @@ class GradientTracking(Algorithm):
     ``optimizer: momentum`` this is DSGT with local momentum.
     """
 
+    sends: ClassVar[str] = "its parameters and its tracked gradient"
     name: Literal["gradient-tracking"] = "gradient-tracking"
     order: Literal["atc", "cta"] = "atc"
     """Which comes first: adapt (the local step) or combine (the average)."""

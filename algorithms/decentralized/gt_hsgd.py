@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -48,6 +48,7 @@ class GTHSGD(FixedRule):
     start). The paper takes the first v from a larger batch: ``initial_batches``.
     """
 
+    sends: ClassVar[str] = "its parameters and its tracked gradient"
     name: Literal["gt-hsgd"] = "gt-hsgd"
     beta: float = Field(default=0.1, gt=0, le=1)
     """Share of the plain gradient in the estimate; .01 to .1, 1 is plain gradient tracking."""

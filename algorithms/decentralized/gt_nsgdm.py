@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -43,6 +43,7 @@ class GTNSGDm(FixedRule):
     theory takes alpha ~ T^(-1/2) and lr ~ T^(-3/4).
     """
 
+    sends: ClassVar[str] = "its parameters and its tracked momentum"
     name: Literal["gt-nsgdm"] = "gt-nsgdm"
     alpha: float = Field(default=0.1, gt=0, le=1)
     """Share of the new gradient in the moving average."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -51,6 +51,7 @@ class KGT(FixedRule):
     be doubly stochastic. The outer rate 1 takes the local end point.
     """
 
+    sends: ClassVar[str] = "its parameters and its mean local gradient"
     name: Literal["k-gt"] = "k-gt"
     local_steps: int = Field(default=10, ge=1)
     """K, local updates between two exchanges; each draws a batch."""

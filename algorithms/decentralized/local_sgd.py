@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -32,6 +32,7 @@ class LocalSGD(Algorithm):
     with K; k-gt removes it. The optimizer's state stays on its rank; its rate moves once a round.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["local-sgd"] = "local-sgd"
     local_steps: int = Field(default=10, ge=1)
     """K, local updates between two averages; 1 is DSGD, adapt then combine."""

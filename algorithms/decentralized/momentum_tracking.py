@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -51,6 +51,7 @@ class MomentumTracking(FixedRule):
     starts it at the momentum's difference from the mean, at the price of an all-reduce.
     """
 
+    sends: ClassVar[str] = "its parameters and its corrected momentum"
     name: Literal["momentum-tracking"] = "momentum-tracking"
     beta: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old momentum that stays."""

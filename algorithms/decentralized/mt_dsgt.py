@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,6 +38,7 @@ class MTDSGT(Algorithm):
     symmetric doubly stochastic matrix. The rule is from memory, and not checked against a code.
     """
 
+    sends: ClassVar[str] = "its parameters and its tracked gradient"
     name: Literal["mt-dsgt"] = "mt-dsgt"
     rounds: int = Field(default=2, ge=1)
     """R, averages in place of one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class PushDIGing(FixedRule):
     paper, so that u, y and v travel as one message of 2 d + 1 elements.
     """
 
+    sends: ClassVar[str] = "its parameters, its tracked gradient and its push-sum weight"
     name: Literal["push-diging"] = "push-diging"
 
     def adapt(self, topology: Topology) -> Topology:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,7 @@ class QGDSGDm(FixedRule):
     ranks plain momentum amplifies DSGD's bias by 1 / (1 - beta); this does not. No extra message.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["qg-dsgdm"] = "qg-dsgdm"
     beta: float = Field(default=0.9, ge=0, lt=1)
     """Share of the momentum in the local step."""
@@ -90,6 +91,7 @@ class QGAdam(FixedRule):
     to the norm; here a move of length 0 gives q = 0). W must be doubly stochastic.
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["qg-adam"] = "qg-adam"
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old first moment that stays."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -53,6 +53,7 @@ class SGP(Algorithm):
     Unlike the official code w always travels, also where it is known to be 1.
     """
 
+    sends: ClassVar[str] = "its parameters and its push-sum weight"
     name: Literal["sgp"] = "sgp"
     overlap: bool = False
     """Let a message travel during the next gradient; it arrives one step late (OSGP)."""

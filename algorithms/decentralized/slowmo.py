@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -50,6 +50,7 @@ class SlowMo(Algorithm):
     on its rank (the paper's "maintain").
     """
 
+    sends: ClassVar[str] = "its parameters"
     name: Literal["slowmo"] = "slowmo"
     tau: int = Field(default=12, ge=1)
     """Updates between two slow ones; 12 is the paper's for local SGD on CIFAR-10."""

@@ -17,6 +17,10 @@ from gossamer.runtime.rows import combine
 __all__ = ["AdamBC", "AdamBCState"]
 
 
+_LEAST = 1e-16
+"""Of gradients known to have no noise: the square of Adam's eps."""
+
+
 @dataclass
 class AdamBCState:
     """The moments of the gradients since ``init``.
@@ -24,13 +28,13 @@ class AdamBCState:
     Attributes:
         m: (local, d), moving average of gradients since the last restart.
         v: (local, d), moving average of their squares.
-        noise: moving average, as ``v``'s, of the variance of their noise.
+        noise: (local, 1) float64, moving average, as ``v``'s, of the variance of their noise.
         t: how many gradients went in.
     """
 
     m: Tensor
     v: Tensor
-    noise: float = 0.0
+    noise: Tensor
     t: int = 0
 
 
@@ -58,26 +62,27 @@ class AdamBC(Optimizer):
 
     def init(self, x: Tensor) -> AdamBCState:
         """Start with no gradient seen."""
-        return AdamBCState(m=torch.zeros_like(x), v=torch.zeros_like(x))
+        noise = torch.zeros(len(x), 1, dtype=torch.float64)
+        return AdamBCState(m=torch.zeros_like(x), v=torch.zeros_like(x), noise=noise)
 
     def direction(self, state: AdamBCState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Move the moments and return their corrected ratio, plus the decay.
 
         Raises:
-            ConfigError: no gradient so far came with the variance of its noise.
+            ConfigError: the gradient comes without the variance of its noise.
         """
-        if origin.noise_var == 0 and state.noise == 0:
+        if origin.noise_var is None:
             raise ConfigError(
                 "optimizer.name: adam-bc subtracts the known variance of the gradients' noise, and "
-                "these have none; put dp into the oracle, choose an algorithm whose optimizer gets "
-                "the oracle's own gradients (all-reduce, dsgd), or use adam"
+                "that of these is not known; put dp into the oracle, choose an algorithm whose "
+                "optimizer gets the oracle's own gradients (all-reduce, dsgd), or use adam"
             )
         if origin.restart:
             state.m.zero_()  # v and t stay, and m^ grows to its size: why, see Adam
         state.t += 1
         combine([(self.beta1, state.m), (1.0 - self.beta1, grad)], out=state.m)
         combine([(self.beta2, state.v), (1.0 - self.beta2, grad * grad)], out=state.v)
-        state.noise = self.beta2 * state.noise + (1.0 - self.beta2) * origin.noise_var
+        state.noise.mul_(self.beta2).add_((1.0 - self.beta2) * origin.noise_var)
         ratio = self._ratio(state)
         return (
             combine([(1.0, ratio), (self.weight_decay, x)], out=ratio)
@@ -88,8 +93,9 @@ class AdamBC(Optimizer):
     def _ratio(self, state: AdamBCState) -> Tensor:
         correction = 1.0 - self.beta2**state.t
         noise = state.noise / correction
-        floor = self.floor
-        if floor is None:
-            floor = 3.0 * noise * math.sqrt(2.0 * (1.0 - self.beta2) / (1.0 + self.beta2))
-        least = (state.v / correction).sub_(noise).clamp_(min=floor)
+        floor = torch.full_like(noise, self.floor or 0.0)
+        if self.floor is None:
+            spread = math.sqrt(2.0 * (1.0 - self.beta2) / (1.0 + self.beta2))
+            floor = (3.0 * spread * noise).clamp_(min=_LEAST)
+        least = (state.v / correction).sub_(noise.to(state.v)).clamp_(min=floor.to(state.v))
         return (state.m / (1.0 - self.beta1**state.t)).div_(least.sqrt_())

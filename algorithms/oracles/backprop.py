@@ -109,6 +109,13 @@ class Backprop(Oracle):
                 sink(slice(s.begin, s.end), grad[:, s.begin : s.end])
         return Estimate(loss=losses, grad=grad, weight=weight)
 
+    def require_clipped(self) -> None:
+        """Look at the module; once."""
+        if self.vectorize:
+            raise ConfigError("oracle.vectorize: gradients of single examples need it false")
+        if self._per_sample is None:
+            self._per_sample = PerSampleGradients(self._problem, self._layout)
+
     def clipped(
         self,
         x: Tensor,
@@ -119,10 +126,8 @@ class Backprop(Oracle):
         secret_of: Callable[[int], int] | None = None,
     ) -> Estimate:
         """Return each rank's sum of bounded gradients of single examples; the row is reused."""
-        if self._per_sample is None:
-            if self.vectorize:
-                raise ConfigError("oracle.vectorize: gradients of single examples need it false")
-            self._per_sample = PerSampleGradients(self._problem, self._layout)
+        self.require_clipped()
+        assert self._per_sample is not None
         draw, batch = self._next_draw(), self._moved(batch)
         grad, losses = self._grad.zero_(), torch.zeros(len(batch), dtype=torch.float64)
         for i, (rank, examples) in enumerate(zip(self._comm.ranks, batch, strict=True)):

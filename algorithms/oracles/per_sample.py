@@ -76,7 +76,8 @@ class PerSampleGradients:
         """Look at the module; valid while its trainable parameters stay the same ones.
 
         Raises:
-            ConfigError: a layer mixes the examples of a batch.
+            ConfigError: a layer mixes the examples of a batch, or the module can neither be tapped
+                nor go through torch.func.
         """
         self._problem, self._layout, module = problem, layout, problem.module
         for name, layer in module.named_modules():
@@ -89,6 +90,7 @@ class PerSampleGradients:
         self._owners = _owners(module, layout)
         self.is_tapped = self._owners is not None and self._agrees_with_autograd()
         if not self.is_tapped:
+            self._require_functions()
             log.info("gradients of single examples: by torch.func, which holds each of them")
 
     def add_clipped(
@@ -237,6 +239,22 @@ class PerSampleGradients:
         return norms_agree and bool((apart <= 1e-3 * len(grads) * scale + 1e-12).all())
 
     # --- by torch.func ----------------------------------------------------------------------
+
+    def _require_functions(self) -> None:
+        """Take the gradients of two examples, and refuse a module that gives none."""
+        device = next(self._problem.module.parameters()).device
+        inputs = tuple(t[:2].to(device) for t in _some_examples(self._problem))
+        row = torch.empty(self._layout.d, dtype=self._layout.dtype)
+        row = self._layout.gather(self._problem.module, row).to(device)
+        try:
+            self._by_functions([(1.0, row)], inputs, lambda _: None, nullcontext)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                "task.model: gradients of single examples go through torch.func here, which this "
+                f"model does not ({reason}); use layers of torch.nn, and no .item() or branch on "
+                "values in forward"
+            ) from error
 
     def _by_functions(
         self, points: Points, inputs: tuple[Tensor, ...], bind: Bind, cast: Cast

@@ -138,13 +138,12 @@ def amplified_history(
     Args:
         noise_multiplier: standard deviation of Z over C |k|.
         rate: expected batch over all examples, as without blocks.
-        steps: of the run.
+        steps: of the run, or taken so far.
         bands: of the strategy; 1 is plain DP-SGD.
 
     Raises:
         ConfigError: a block has fewer examples than the batch expects.
     """
-    _check_count("bands", bands, max(steps, 1))
     block_rate = rate * bands
     if block_rate > 1 + 1e-12:  # rounding aside: 1 where a batch is a whole block
         raise ConfigError(

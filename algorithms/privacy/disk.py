@@ -6,7 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
+from scipy.signal import lfilter
 from torch import Tensor
 
 from gossamer.algorithms.privacy.filtering import GradientFilter
@@ -91,6 +93,17 @@ class Disk(GradientFilter):
         limit = self.kappa / (2 - self.kappa)
         return float((1 - self.kappa) ** (2 * t) * (1 - limit) + limit)
 
+    def _variances(self, noise: np.ndarray) -> np.ndarray:
+        """Return those of e_t = (1 - kappa) e_{t-1} + kappa w_t, e_0 = w_0.
+
+        It is the moving average of w plus (1 - kappa)^{t+1} w_0, of which only the first white
+        number is a part.
+        """
+        keep = 1 - self.kappa
+        rows = lfilter([self.kappa], [1.0, -keep], noise)
+        oldest = rows + keep ** np.arange(1, len(rows) + 1) * noise[0]
+        return np.asarray(np.cumsum(rows**2) - rows**2 + oldest**2)
+
     def __call__(
         self,
         x: Tensor,
@@ -118,7 +131,7 @@ class Disk(GradientFilter):
         (gradient,), (point,) = self._rows["gradient"], self._rows["point"]
         estimate = self._observe(x, batch, point)
         if estimate.origin.restart or estimate.mean_origin.restart:
-            self._calls.zero_()
+            self._forget()
         t = self._t
         if t == 0:
             gradient.copy_(estimate.grad)
@@ -127,7 +140,7 @@ class Disk(GradientFilter):
             weighted([(1 - kappa, gradient), (kappa, estimate.grad)], out=gradient)
         point.copy_(x)
         self._calls += 1
-        return self._filtered(estimate, gradient, self.variance_gain(t))
+        return self._filtered(estimate, gradient, self._gain(t, self.variance_gain(t)))
 
     def _observe(self, x: Tensor, batch: RankBatches, point: Tensor) -> Estimate:
         """Return the inner estimate of h; ``point`` goes from x_{t-1} to x_t + gamma d."""
@@ -148,6 +161,6 @@ class Disk(GradientFilter):
             "kappa": self.kappa,
             "gamma": self.look_ahead,
             "evaluations": self.evaluations,
-            "rho_inf": self.kappa / (2 - self.kappa),
+            "rho_inf": self._rho_inf(self.kappa / (2 - self.kappa)),
         }
         return {**super().statement(), "filter": filtered}

@@ -6,7 +6,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from scipy.signal import lfilter
 from torch import Tensor
 
 from gossamer.algorithms.privacy.filtering import GradientFilter
@@ -141,9 +143,9 @@ class Doppler(GradientFilter):
         self._response = Response(self._coefficients)
         return plan
 
-    def restart(self, calls: int | None) -> None:
-        """Forget the former rows, and what they weighed."""
-        super().restart(calls)
+    def _forget(self) -> None:
+        """Leave former rows out from here on, and what they weighed."""
+        super()._forget()
         self._response = Response(self._coefficients)
 
     def start(self, steps: int | None, draws: int) -> None:
@@ -185,9 +187,9 @@ class Doppler(GradientFilter):
         if not self._rows:
             return estimate
         if estimate.origin.restart or estimate.mean_origin.restart:
-            self._calls.zero_()  # former rows are left out from here, so nothing to clear
-            self._response = Response(self._coefficients)
-        t, gain = self._t, self._response.advance()
+            self._forget()
+        t = self._t
+        gain = self._gain(t, self._response.advance())
         inputs, outputs = self._rows["inputs"], self._rows["outputs"]
         output = outputs[t % len(outputs)]
         weighted(self._terms(t, estimate.grad), out=output)
@@ -213,6 +215,12 @@ class Doppler(GradientFilter):
         ]
         return terms
 
+    def _variances(self, noise: np.ndarray) -> np.ndarray:
+        """Return sum_{k<=t} (h * noise)_k^2 / c_t^2: filters in a row convolve."""
+        found = self._coefficients
+        rows = lfilter(found.b, (1.0, *found.a), noise)
+        return np.asarray(np.cumsum(rows**2) / found.gains(len(noise)) ** 2)
+
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         """Copy the rows back in place; c_t and rho_t follow from the number of calls."""
         super().load_own_state(state)
@@ -228,6 +236,6 @@ class Doppler(GradientFilter):
             "filter": self.filter,
             "a": list(found.a),
             "b": list(found.b),
-            "rho_inf": found.rho_inf,
+            "rho_inf": self._rho_inf(found.rho_inf),
         }
         return {**super().statement(), "filter": filtered}

@@ -6,23 +6,27 @@ filters, optimizers, gossip. What a run says of its privacy is in ``statement``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
 from gossamer.algorithms.privacy import accounting
+from gossamer.algorithms.privacy.adaptive import shared_noise
 from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, ClipKind, make_clip
+from gossamer.algorithms.privacy.correlated_noise import CorrelatedNoise, Correlation
 from gossamer.algorithms.privacy.ledger import Ledger
 from gossamer.algorithms.privacy.noise import NoiseMode, SecretNoise
+from gossamer.algorithms.privacy.pairwise import PairwiseNoise
+from gossamer.algorithms.privacy.sampling_plan import SamplingPlan, require_countable
 from gossamer.algorithms.privacy.statement import PrivacyStatement
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import (
     Algorithm,
     Estimate,
+    Oracle,
     OracleWrapper,
     Origin,
     Sink,
@@ -31,6 +35,9 @@ from gossamer.algorithms.protocols import (
 from gossamer.runtime import Communicator, ConfigError, combine
 
 __all__ = ["DP"]
+
+_OWN = ("local", "pairwise")
+"""Modes in which each rank protects its own examples by itself."""
 
 
 class DP(OracleWrapper):
@@ -60,8 +67,13 @@ class DP(OracleWrapper):
     """C. The automatic kinds only rescale the learning rate with it."""
     clip_gamma: float = Field(default=0.01, gt=0)
     """gamma of auto-s."""
-    noise_mode: Literal["auto", "split", "rank0", "replicated", "local"] = "auto"
-    """auto: ``split`` where only the mean gradient is used, ``local`` elsewhere."""
+    noise_mode: Literal["auto", "split", "rank0", "replicated", "local", "pairwise"] = "auto"
+    """auto: ``split`` where only the mean gradient is used, ``local`` elsewhere; ``pairwise``:
+    ``local``, and noise shared with each neighbor that cancels in the mean (DECOR)."""
+    pairwise_multiplier: float | None = Field(default=None, gt=0)
+    """Noise shared by two neighbors, in units of the clip norm; not counted in epsilon."""
+    correlation: Correlation | None = None
+    """Noise that later steps partly take back: {name: banded, bands: 8}; None: independent."""
     noise_seed: int | None = None
     """Makes noise and coins repeatable, for tests: the run is then NOT PRIVATE, and says so."""
     show_nonprivate: bool = False
@@ -69,18 +81,39 @@ class DP(OracleWrapper):
 
     _comm: Communicator = PrivateAttr()
     _mode: NoiseMode = PrivateAttr(default="split")
-    _noise: SecretNoise = PrivateAttr()
+    _noise: SecretNoise | CorrelatedNoise = PrivateAttr()
     _clip: AnyClip = PrivateAttr()
     _ledger: Ledger = PrivateAttr()
     _sizes: list[float] = PrivateAttr()  # what each rank's sum is divided by
     _expected: list[float] = PrivateAttr()  # of the hosted ranks
     _examples: int = PrivateAttr(default=0)
     _unit: str = PrivateAttr(default="example")
+    _sends: str = PrivateAttr(default="")
+    _strategy: list[float] = PrivateAttr(default_factory=list)  # of the streams to begin
     _seeded: bool = PrivateAttr(default=False)
     _last: RankBatches | None = PrivateAttr(default=None)
 
+    @field_validator("inner")
+    @classmethod
+    def _check_inner(cls, inner: Oracle) -> Oracle:
+        if isinstance(inner, OracleWrapper) and type(inner).clipped is Oracle.clipped:
+            raise ValueError(
+                f"dp bounds the gradients of single examples, of which {inner.name} hands on none; "
+                f"what processes gradients stands behind dp: oracle: [..., dp, {inner.name}]"
+            )
+        return inner
+
     @model_validator(mode="after")
     def _check_target(self) -> Self:
+        if (self.noise_mode == "pairwise") != (self.pairwise_multiplier is not None):
+            raise ValueError(
+                "noise_mode: pairwise and pairwise_multiplier go together; write both, or neither"
+            )
+        if self.correlation is not None and self.clip == "adaptive":
+            raise ValueError(
+                "clip: adaptive moves C, and correlated noise takes back what was added for the C "
+                "of former steps; use flat or auto-s"
+            )
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("write epsilon or noise_multiplier, one of them")
         if self.accountant == "gdp":
@@ -99,11 +132,11 @@ class DP(OracleWrapper):
             ConfigError: a mode that protects the mean only, under an algorithm that shows more.
         """
         self.inner.adapt(algorithm)
-        central = algorithm.uses == "mean"
+        central, self._sends = algorithm.uses == "mean", algorithm.sends
         if self.noise_mode == "auto":
             self._mode = "split" if central else "local"
             return
-        if self.noise_mode != "local" and not central:
+        if self.noise_mode not in _OWN and not central:
             raise ConfigError(
                 f"oracle.noise_mode: {self.noise_mode} protects the mean over all ranks, but "
                 f"{algorithm.name} lets neighbours see each rank's own; use local, or algorithm "
@@ -117,65 +150,47 @@ class DP(OracleWrapper):
         # A loss that is not weighed by examples is one per token.
         self._unit = "sequence" if problem.weigh is not Problem.weigh else "example"
         plan = self.inner.setup(comm, problem)
+        self.inner.require_clipped()
+        require_countable(plan, self.inner, problem)
         sizes = [len(shard) for shard in problem.shards]
-        if problem.mixes_examples:
-            raise ConfigError(
-                "task.standardize: the mean and spread of all examples are in each of them, which "
-                "dp does not protect; scale by public constants, and leave it out"
-            )
-        if not sizes:
-            raise ConfigError("oracle: dp needs a finite dataset, the task is a stream")
-        # A resolved configuration spells the default out: it stands for the coins of dp.
-        field = type(self.inner).model_fields.get("sampling")
-        if plan.sampling not in ("full", "poisson", field and field.default):
-            raise ConfigError(
-                f"oracle.sampling: {plan.sampling} batches have no Poisson accounting, which dp "
-                "needs; leave it out (coins are tossed for each example), or 'full'"
-            )
-        self._examples = max(sizes) if self._mode == "local" else sum(sizes)
+        own = self._mode in _OWN
+        self._examples = max(sizes) if own else sum(sizes)
         delta = accounting.default_delta(self._examples) if self.delta is None else self.delta
         accounting.check_delta(delta, self._examples)
         self._clip = make_clip(
             self.clip, self.clip_norm, self.clip_gamma, len(self.inner.layout.slices)
         )
-        if self.clip == "adaptive" and self._mode == "local" and comm.n > 1:
+        if self.clip == "adaptive" and own and comm.n > 1:
             raise ConfigError(
                 "oracle.clip: adaptive counts over all ranks, which local noise does not protect; "
                 "use flat or auto-s"
             )
-        self._noise = SecretNoise(self._mode, comm, self.noise_seed)
+        bands = 1 if self.correlation is None else self.correlation.bands
+        # The seeds are those of the noise at the time.
+        drawn = SamplingPlan.of(plan, sizes, own, lambda rank: self._noise.coin_seed(rank), bands)
+        self._sizes = drawn.divisors
+        self._expected = [self._sizes[r] for r in comm.ranks]
+        self._noise = self._secret_noise()
         self._seeded = self.noise_seed is not None
-        planned, rates = self._plan(plan, sizes)
-        self._ledger = Ledger(rates, delta, self.accountant, self.epsilon)
-        return planned
-
-    def _plan(self, plan: DataPlan, sizes: list[int]) -> tuple[DataPlan, list[float]]:
-        """Fix what sums are divided by; return how to draw, and every rank's q."""
-        comm, total = self._comm, sum(sizes)
-        if plan.sampling == "full":
-            local = self._mode == "local"
-            self._sizes = [float(size) if local else total / comm.n for size in sizes]
-            self._expected = [self._sizes[r] for r in comm.ranks]
-            return plan, [1.0] * comm.n
-        if self._mode == "local":
-            rates = [plan.batch_size / size for size in sizes]
-        else:
-            rates = [plan.batch_size * comm.n / total] * comm.n
-        if max(rates) > 1:
-            raise ConfigError(
-                f"oracle.batch_size: {plan.batch_size} per rank is more than the "
-                f"{self._examples} examples hold; use 'sampling: full'"
-            )
-        self._sizes = [float(plan.batch_size)] * comm.n
-        self._expected = self._sizes[: comm.local]
-        drawn = DataPlan(
-            batch_size=plan.batch_size,
-            sampling="poisson",
-            indices=plan.indices,
-            rate=None if self._mode == "local" else rates[0],
-            seed_of=lambda rank: self._noise.coin_seed(rank),  # of the keys at the time
+        facts = {
+            "examples": self._examples,
+            "noise_mode": get_args(NoiseMode).index(self._mode),
+            "pairwise_multiplier": self.pairwise_multiplier or 0.0,
+            "pairs": 0.0 if self._pairs is None else self._pairs.fingerprint(),
+        }
+        self._ledger = Ledger(
+            drawn.rates, delta, self.accountant, self.epsilon, bands=bands, facts=facts
         )
-        return drawn, rates
+        return drawn.plan
+
+    def _secret_noise(self) -> SecretNoise | CorrelatedNoise:
+        """Return noise of new keys."""
+        comm, seed = self._comm, self.noise_seed
+        white = SecretNoise(self._mode, comm, seed)
+        if self.pairwise_multiplier is not None:
+            bound = self._clip.sensitivity
+            white = PairwiseNoise(comm, seed, self.pairwise_multiplier, bound, self._sizes)
+        return white if self.correlation is None else CorrelatedNoise(white, self.correlation)
 
     def start(self, steps: int | None, draws: int) -> None:
         """Find sigma, and compare the ranks' noise; exchanges messages."""
@@ -187,16 +202,16 @@ class DP(OracleWrapper):
         """Find sigma for the releases to come, of which there is none yet; exchanges messages.
 
         Raises:
-            ConfigError: there were releases, with a sigma found for another number of them.
+            ConfigError: there were releases, of noise found for another number of them.
         """
         self.inner.restart(calls)
         ledger = self._ledger
         if calls == ledger.planned:
             return
-        if self.epsilon is not None and ledger.history:
+        if ledger.releases and (self.epsilon is not None or self.correlation is not None):
             raise ConfigError(
-                f"oracle.epsilon: sigma was found for {ledger.planned} gradients, some of which "
-                "are released, and cannot be found anew; use noise_multiplier"
+                f"oracle.epsilon: noise was found for {ledger.planned} gradients, some of which "
+                "are released, and cannot be found anew; use noise_multiplier, without correlation"
             )
         self._find_sigma(calls)
 
@@ -204,19 +219,21 @@ class DP(OracleWrapper):
         """Fix the number of releases, and sigma."""
         ledger = self._ledger
         ledger.planned = releases
-        if self.noise_multiplier is not None:
-            ledger.sigma = self.noise_multiplier
-            return
-        found = ledger.calibrated(releases)
-        row = torch.full((self._comm.local, 1), found, dtype=torch.float64)
-        ledger.sigma = float(self._comm.broadcast(row.to(self._comm.device), count=False))
+        found = self.noise_multiplier
+        strategy = () if self.correlation is None else self.correlation.strategy(releases)
+        values = [ledger.calibrated(releases) if found is None else found, *strategy]
+        row = torch.tensor([values] * self._comm.local, dtype=torch.float64)
+        agreed = self._comm.broadcast(row.to(self._comm.device), count=False)
+        ledger.sigma, *self._strategy = agreed[0].tolist()
+        if isinstance(self._noise, CorrelatedNoise):
+            self._noise.begin(self._comm, self.inner.layout, self._strategy)
 
     # --- a step -----------------------------------------------------------------------------
 
     @property
     def weighting(self) -> Literal["ranks", "examples"]:
         """Examples count alike under central noise; ranks where each protects its own."""
-        return "ranks" if self._mode == "local" else "examples"
+        return "ranks" if self._mode in _OWN else "examples"
 
     @property
     def training_figures(self) -> TrainingFigures:
@@ -244,7 +261,7 @@ class DP(OracleWrapper):
         points: Sequence[tuple[float, Tensor]] | None,
         sigma: float,
     ) -> Estimate:
-        comm, layout, bound = self._comm, self.inner.layout, self._clip.sensitivity
+        layout, bound = self.inner.layout, self._clip.sensitivity
         secret_of = self._noise.coin_seed
         found = self.inner.clipped(x, batch, self._clip, combine=points, secret_of=secret_of)
         scales = self._noise.scales(sigma * bound)
@@ -252,13 +269,10 @@ class DP(OracleWrapper):
         self._ledger.count()
         factors = torch.tensor([[1 / size] for size in self._expected], dtype=torch.float64)
         grad = combine([(factors, found.grad)], out=found.grad)
-        # What the optimizer may know: sigma C / B, in a row (the noisiest) and in the mean of all.
-        n, whole = comm.n, [(sigma * bound / size) ** 2 for size in self._sizes]
-        if self._mode == "local":
-            row, mean = max(whole), sum(whole) / n**2
-        else:
-            mean = whole[0] / n**2
-            row = {"split": mean * n, "rank0": whole[0], "replicated": mean}[self._mode]
+        # What the optimizer may know: the variance in a row, and in the mean of all.
+        rows, mean = self._noise.variances(sigma * bound, self._sizes)
+        alike = len(set(rows)) == 1
+        row = rows[0] if alike else torch.tensor(rows, dtype=torch.float64)[:, None]
         metrics = {}
         if self.show_nonprivate:
             metrics["nonprivate_batch_size"] = found.weight
@@ -277,25 +291,17 @@ class DP(OracleWrapper):
         batch: RankBatches,
         points: Sequence[tuple[float, Tensor]] | None,
     ) -> Estimate:
-        """Release the gradient and the noisy count that moves C, for the price of one sigma.
-
-        sigma_g^-2 + (2 sigma_b)^-2 = sigma^-2 (arXiv:1905.03871, theorem 1), sigma_b = B / 20.
-        """
+        """Release the gradient and the noisy count that moves C, for the price of one sigma."""
         assert isinstance(self._clip, AdaptiveClip)
-        comm, sigma, expected = self._comm, self._ledger.sigma, self._expected[0] * self._comm.n
-        count_std = expected / 20
-        rest = sigma**-2 - (2 * count_std) ** -2 if sigma > 0 else math.inf
-        if rest <= 0:
-            raise ConfigError(
-                f"oracle.clip: adaptive counts with noise {count_std:g} for an expected batch of "
-                f"{expected:g}, too little for sigma = {sigma:g}; use a larger batch_size"
-            )
+        assert isinstance(self._noise, SecretNoise)
+        comm, expected = self._comm, self._expected[0] * self._comm.n
+        sigma, count_std = shared_noise(self._ledger.sigma, expected)
         number = self._ledger.releases
-        estimate = self._release(x, batch, points, rest**-0.5)
+        estimate = self._release(x, batch, points, sigma)
         row = torch.zeros(comm.local, 1, dtype=torch.float64)
         row[0] = self._clip.unclipped
         if 0 in comm.ranks:
-            row[0] += self._noise.scalar(number) * (count_std if sigma > 0 else 0.0)
+            row[0] += self._noise.scalar(number) * count_std
         total = comm.all_reduce(row.to(comm.device), "sum")
         self._clip.move(float(total), expected)
         return estimate
@@ -312,6 +318,8 @@ class DP(OracleWrapper):
             )
         self._last = batch
         self._ledger.require_room()
+        if isinstance(self._noise, CorrelatedNoise):
+            self._noise.take_turn(batch)
 
     # --- what a resume needs, and what the report says ---------------------------------------
 
@@ -319,42 +327,23 @@ class DP(OracleWrapper):
         """Return the secret keys, C, the releases so far and what they depend on."""
         local, norm = self._comm.local, getattr(self._clip, "norm", self.clip_norm)
         return {
-            "keys": self._noise.keys.clone(),
+            **self._noise.state(),
             "clip_norm": torch.full((local, 1), norm, dtype=torch.float64),
-            **self._ledger.state(local),
+            **self._ledger.state(self._comm.ranks),
             "seeded": torch.full((local, 1), int(self._seeded), dtype=torch.int64),
-            "facts": self._facts(),
         }
-
-    def _facts(self) -> Tensor:
-        """Return what epsilon is counted with besides sigma: (local, 4) float64."""
-        mode = ["split", "rank0", "replicated", "local"].index(self._mode)
-        ledger = self._ledger
-        rows = [[ledger.rates[r], ledger.delta, self._examples, mode] for r in self._comm.ranks]
-        return torch.tensor(rows, dtype=torch.float64)
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
         """Go on with the same noise.
 
         Raises:
-            ConfigError: the checkpoint does not say what was released before, or the releases to
-                come would not compose with it.
+            ConfigError: the releases to come would not compose with those before.
         """
-        if not {"history", "keys", "facts"} <= state.keys():
-            raise ConfigError(
-                "resume: the checkpoint has no history of private releases, so that nobody knows "
-                "the epsilon spent; start from its parameters instead, in a new run"
-            )
-        before, now = state["facts"], self._facts()
-        if not torch.equal(before, now):
-            raise ConfigError(
-                "resume: rate, delta, number of examples and noise_mode are "
-                f"{before[0].tolist()} in the checkpoint and {now[0].tolist()} now, so that no one "
-                "epsilon holds for both parts; keep batch_size, delta, the data and noise_mode, or "
-                "start a new run"
-            )
-        self._ledger.load(state)
-        self._noise.keys = state["keys"].clone()
+        self._ledger.load(state, self._comm.ranks)
+        self._noise.load(state)
+        history = self._ledger.history
+        if history and history[-1][0] != self._ledger.sigma:
+            self._begin_stream()
         self._seeded = self._seeded or bool(state["seeded"][0])
         if isinstance(self._clip, AdaptiveClip):
             self._clip.norm = float(state["clip_norm"][0])
@@ -362,8 +351,27 @@ class DP(OracleWrapper):
     def branch(self) -> None:
         """Take new secrets: this run may go on otherwise than the one that was saved."""
         self.inner.branch()
-        self._noise = SecretNoise(self._mode, self._comm, self.noise_seed)
+        self._noise = self._secret_noise()
         self._noise.agree(self.inner.layout)
+        self._begin_stream()
+
+    def _begin_stream(self) -> None:
+        """Take nothing back of correlated noise that was added so far."""
+        if isinstance(self._noise, CorrelatedNoise):
+            self._ledger.begin_anew()
+            self._noise.begin(self._comm, self.inner.layout, self._strategy)
+
+    @property
+    def noise_strategy(self) -> tuple[float, ...] | None:
+        """K's first column under correlated noise."""
+        return self._noise.strategy if isinstance(self._noise, CorrelatedNoise) else None
+
+    @property
+    def _pairs(self) -> PairwiseNoise | None:
+        """The noise that neighbors share."""
+        noise = self._noise
+        white = noise.white if isinstance(noise, CorrelatedNoise) else noise
+        return white if isinstance(white, PairwiseNoise) else None
 
     def spent(self, rank: int = 0) -> float:
         """Return the epsilon spent so far, on the examples of ``rank`` under local noise."""
@@ -372,9 +380,15 @@ class DP(OracleWrapper):
     def statement(self) -> dict[str, Any]:
         """Return the privacy statement of the run, under ``privacy``."""
         ledger = self._ledger
-        worst, rates = ledger.worst, ledger.rates
+        worst, rates, pairs = ledger.worst, ledger.rates, self._pairs
+        each = ledger.spent_per_rank() if self._mode in _OWN and len(set(rates)) > 1 else ()
+        alone = None
+        if pairs is not None and pairs.knows_against_one:
+            alone = ledger.spent_with(pairs.against_one)
         said = PrivacyStatement(
-            epsilon=ledger.spent(worst),
+            epsilon=max(each) if each else ledger.spent(worst),
+            epsilon_per_rank=each,
+            epsilon_against_one_rank=alone,
             epsilon_target=self.epsilon,
             delta=ledger.delta,
             accountant=ledger.accountant_version(),
@@ -389,7 +403,10 @@ class DP(OracleWrapper):
             noise_mode=self._mode,
             noise_seeded=self._seeded,
             shows_nonprivate=self.show_nonprivate,
+            pairwise_multiplier=self.pairwise_multiplier,
             ranks=self._comm.n,
+            sends=self._sends,
             segments=tuple((s.noise_multiplier, s.rate, s.steps) for s in ledger.segments(worst)),
+            correlation=None if self.correlation is None else self.correlation.model_dump(),
         )
         return {**self.inner.statement(), "privacy": said.as_dict()}

@@ -6,12 +6,14 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import PrivateAttr, field_validator
 from torch import Tensor
 
+from gossamer.algorithms.privacy.correlated import inverse_coefficients
 from gossamer.algorithms.problems import DataPlan, Problem
-from gossamer.algorithms.protocols import Estimate, Oracle, OracleWrapper, Origin, Sink
+from gossamer.algorithms.protocols import Estimate, Oracle, OracleWrapper, Sink
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime.rows import empty_rows
 from gossamer.runtime.state import flatten, restore
@@ -19,16 +21,21 @@ from gossamer.runtime.state import flatten, restore
 __all__ = ["GradientFilter"]
 
 
+_LATE = 4095
+"""A call at which filters worth having have settled."""
+
+
 class GradientFilter(OracleWrapper):
     """An oracle that makes one row out of the inner oracle's rows of this call and former ones.
 
     It counts its calls since it started anew, and scales what is known of the noise by the gain of
-    that call. That gain holds for noise of the same variance at every call since the start,
-    independent from call to call.
+    that call. That gain holds for noise made of white noise of the same variance at every call
+    since the start: independent from call to call, or by the inner oracle's ``noise_strategy``.
     """
 
     _rows: dict[str, list[Tensor]] = PrivateAttr(default_factory=dict)
     _calls: Tensor = PrivateAttr()
+    _table: tuple[tuple[float, ...], np.ndarray] = PrivateAttr(default=((), np.empty(0)))
 
     @field_validator("inner")
     @classmethod
@@ -70,7 +77,44 @@ class GradientFilter(OracleWrapper):
     def restart(self, calls: int | None) -> None:
         """Forget the former rows."""
         super().restart(calls)
+        self._forget()
+
+    def branch(self) -> None:
+        """Branch the inner oracle; forget the former rows where its correlated noise starts anew.
+
+        What it adds from now on does not take back what is in those rows.
+        """
+        super().branch()
+        if self.inner.noise_strategy is not None:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Leave former rows out from here on."""
         self._calls.zero_()
+
+    def _gain(self, t: int, white: float) -> float:
+        """Return by what the noise variance of call t is multiplied; ``white``: if it is white."""
+        strategy = self.inner.noise_strategy
+        if strategy is None:
+            return white
+        if self._table[0] != strategy or t >= len(self._table[1]):
+            # A power of two, so that a resumed run reads its figures off the same table.
+            noise = inverse_coefficients(strategy, max(64, 1 << t.bit_length()))
+            self._table = (strategy, self._variances(noise) / np.cumsum(noise**2))
+        return float(self._table[1][t])
+
+    def _rho_inf(self, white: float) -> float:
+        """Return what the gain of the noise variance tends to; ``white``: if it is white."""
+        return self._gain(_LATE, white)
+
+    @abstractmethod
+    def _variances(self, noise: np.ndarray) -> np.ndarray:
+        """Return the variance of the output at t = 0, 1, ..., of noise whose rows are K^-1's.
+
+        Args:
+            noise: (count,) float64, first column of the Toeplitz matrix that white noise of
+                variance 1 went through.
+        """
 
     def _refuse(self, sink: Sink | None) -> None:
         if sink is not None:
@@ -81,15 +125,11 @@ class GradientFilter(OracleWrapper):
 
     def _filtered(self, estimate: Estimate, grad: Tensor, gain: float) -> Estimate:
         """Return the estimate with another gradient, its noise variance times ``gain``."""
-
-        def scaled(origin: Origin) -> Origin:
-            return replace(origin, noise_var=origin.noise_var * gain)
-
         return replace(
             estimate,
             grad=grad,
-            origin=scaled(estimate.origin),
-            mean_origin=scaled(estimate.mean_origin),
+            origin=estimate.origin.scaled(gain),
+            mean_origin=estimate.mean_origin.scaled(gain),
         )
 
     def own_state(self) -> dict[str, Tensor]:

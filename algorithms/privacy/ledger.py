@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.accounting import Segment
+from gossamer.algorithms.privacy.correlated import amplified_history
 from gossamer.runtime.errors import ConfigError
 
 __all__ = ["Ledger"]
 
 _SEGMENTS = 16
-"""How often sigma may change over the resumptions of a run."""
+"""How often sigma may change, or noise begin anew, over the resumptions of a run."""
 
 
 @dataclass
@@ -28,7 +30,10 @@ class Ledger:
         target: epsilon at the end of the run; None where sigma was given.
         sigma: noise in the sum over the clip norm; that of the releases to come.
         planned: releases of the whole run; None when open-ended.
-        history: (sigma, releases), in order.
+        bands: of correlated noise, whose releases are counted by ``amplified_history``; 1 where
+            they are independent.
+        facts: by name, what else epsilon is counted with: public constants of the run.
+        history: (sigma, releases), in order; under correlated noise one per stream of it.
     """
 
     rates: list[float]
@@ -37,6 +42,8 @@ class Ledger:
     target: float | None
     sigma: float = 0.0
     planned: int | None = None
+    bands: int = 1
+    facts: Mapping[str, float] = field(default_factory=dict)
     history: list[tuple[float, int]] = field(default_factory=list)
 
     @property
@@ -53,8 +60,9 @@ class Ledger:
         assert self.target is not None
         if planned is None:
             raise ConfigError("oracle.epsilon: needs a number of steps; or noise_multiplier")
+        (asked,) = amplified_history(1.0, max(self.rates), planned, self.bands)
         return accounting.calibrate(
-            self.target, self.delta, max(self.rates), planned, self.accountant
+            self.target, self.delta, asked.rate, asked.steps, self.accountant
         )
 
     def require_room(self) -> None:
@@ -72,6 +80,31 @@ class Ledger:
         else:
             self.history.append((self.sigma, 1))
 
+    def begin_anew(self) -> None:
+        """Count the releases to come apart, where their noise begins anew (``bands`` > 1).
+
+        Raises:
+            ConfigError: the target would be passed: parts of a block's turn count as whole ones.
+        """
+        if self.bands == 1 or not self.releases:
+            return
+        if self.target is not None and self.planned is not None:
+            parts = [*(count for _, count in self.history), self.planned - self.releases]
+            turns, found = sum(map(self._turns, parts)), self._turns(self.planned)
+            if turns > found:
+                raise ConfigError(
+                    f"oracle.epsilon: correlated noise begins anew where a run goes on otherwise, "
+                    f"here after {self.releases} gradients, which makes {turns} turns of a block "
+                    f"where sigma was found for {found}; resume unchanged and in its folder, go on "
+                    f"from a multiple of {self.bands} gradients, or use noise_multiplier"
+                )
+        if self.history[-1][1] > 0:
+            self.history.append((self.sigma, 0))
+
+    def _turns(self, releases: int) -> int:
+        """Return in how many of so many releases an example can take part."""
+        return -(-releases // self.bands)
+
     @property
     def worst(self) -> int:
         """The rank whose examples are protected least."""
@@ -79,11 +112,39 @@ class Ledger:
 
     def segments(self, rank: int) -> tuple[Segment, ...]:
         """Return what to account for, of the examples of ``rank``."""
-        return tuple(Segment(sigma, self.rates[rank], count) for sigma, count in self.history)
+        return self._segments(self.rates[rank], self.history)
+
+    def _segments(self, rate: float, history: Iterable[tuple[float, int]]) -> tuple[Segment, ...]:
+        return tuple(
+            segment
+            for noise, count in history
+            for segment in amplified_history(noise, rate, count, self.bands)
+            if count > 0
+        )
 
     def spent(self, rank: int) -> float:
         """Return the epsilon spent on the examples of ``rank``."""
         return accounting.spent(self.segments(rank), self.delta, self.accountant)
+
+    def spent_per_rank(self) -> tuple[float, ...]:
+        """Return the epsilon spent on the examples of each rank, computed once for each rate."""
+        found = {rate: self.spent(self.rates.index(rate)) for rate in set(self.rates)}
+        return tuple(found[rate] for rate in self.rates)
+
+    def spent_with(self, noise: Callable[[float], Sequence[float]]) -> float:
+        """Return the largest epsilon of a rank where they have other noise than sigma.
+
+        Args:
+            noise: sigma -> the noise multiplier of each rank.
+        """
+        of = {sigma: noise(sigma) for sigma, _ in self.history}
+        epsilons = []
+        for rate in set(self.rates):
+            ranks = [r for r, its in enumerate(self.rates) if its == rate]
+            history = [(min(of[sigma][r] for r in ranks), count) for sigma, count in self.history]
+            found = accounting.spent(self._segments(rate, history), self.delta, self.accountant)
+            epsilons.append(found)
+        return max(epsilons)
 
     def accountant_version(self) -> str:
         """Return who counted, with its version."""
@@ -92,22 +153,48 @@ class Ledger:
 
     # --- what a resume needs -----------------------------------------------------------------
 
-    def state(self, local: int) -> dict[str, Tensor]:
-        """Return the history, the same for each of ``local`` hosted ranks."""
+    def state(self, ranks: range) -> dict[str, Tensor]:
+        """Return the history and what it is counted with, a row for each hosted rank."""
+        local = len(ranks)
         rows = torch.zeros(_SEGMENTS, 2, dtype=torch.float64)
         for row, (sigma, count) in zip(rows, self.history, strict=False):
             row[0], row[1] = sigma, count
         return {
             "history": rows.expand(local, *rows.shape).clone(),
             "planned": torch.full((local, 1), self.planned or 0, dtype=torch.int64),
+            "facts": self._facts(ranks),
         }
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def _facts(self, ranks: range) -> Tensor:
+        rest = [self.delta, self.bands, *self.facts.values()]
+        return torch.tensor([[self.rates[r], *rest] for r in ranks], dtype=torch.float64)
+
+    def load(self, state: dict[str, Tensor], ranks: range) -> None:
         """Take back what ``state`` returned.
 
         Raises:
-            ConfigError: the releases to come would not compose with those before.
+            ConfigError: the checkpoint does not say what was released before, or the releases to
+                come would not compose with it.
         """
+        if not {"history", "facts"} <= state.keys():
+            raise ConfigError(
+                "resume: the checkpoint has no history of private releases, so that nobody knows "
+                "the epsilon spent; start from its parameters instead, in a new run"
+            )
+        before, now = state["facts"], self._facts(ranks)
+        names = ["rate", "delta", "bands", *self.facts]
+        if before.shape != now.shape or not torch.equal(before, now):
+            changed = [
+                f"{name} ({old} -> {new})"
+                for name, old, new in zip(names, before[0].tolist(), now[0].tolist(), strict=False)
+                if old != new
+            ]
+            raise ConfigError(
+                f"resume: epsilon is counted with {', '.join(names)}, of which the checkpoint has "
+                f"others: {', '.join(changed) or 'on other ranks'}; keep batch_size, delta, the "
+                "data, noise_mode, correlation and, under pairwise, the topology, or start a new "
+                "run"
+            )
         planned = int(state["planned"][0])
         if self.target is not None and planned != (self.planned or 0):
             raise ConfigError(
@@ -116,11 +203,14 @@ class Ledger:
                 "instead of epsilon"
             )
         rows = state["history"][0].tolist()
-        self.history = [(sigma, int(count)) for sigma, count in rows if count > 0]
+        # A stream may have begun with nothing released yet.
+        self.history = [(sigma, int(count)) for sigma, count in rows if count > 0 or sigma > 0]
         if self.target is not None and self.history and self.history[-1][0] != self.sigma:
             raise ConfigError(
                 f"oracle.epsilon: the releases so far had sigma {self.history[-1][0]:g}, this "
                 f"target gives {self.sigma:g}; keep the target, or write noise_multiplier instead"
             )
         if len(self.history) >= _SEGMENTS:
-            raise ConfigError(f"resume: sigma changed {_SEGMENTS} times; start a new run")
+            raise ConfigError(
+                f"resume: sigma changed, or noise began anew, {_SEGMENTS} times; start a new run"
+            )

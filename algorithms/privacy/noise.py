@@ -20,9 +20,9 @@ from gossamer.runtime import Communicator, ConfigError, RowLayout
 from gossamer.runtime.perturb import direction_, perturb_
 from gossamer.runtime.random import Stream
 
-__all__ = ["NoiseMode", "SecretNoise"]
+__all__ = ["NoiseMode", "SecretNoise", "add_normal_", "secret_key"]
 
-NoiseMode = Literal["split", "rank0", "replicated", "local"]
+NoiseMode = Literal["split", "rank0", "replicated", "local", "pairwise"]
 
 _PARTS = 4
 """Independent normals in each element. One alone ends at 5.8 standard deviations (its uniforms have
@@ -38,7 +38,8 @@ class SecretNoise:
 
     Attributes:
         mode: ``split``: each rank adds its n-th part of the variance; ``rank0``: rank 0 all of it;
-            ``replicated``: all add the same noise, once in the mean; ``local``: each all of it.
+            ``replicated``: all add the same noise, once in the mean; ``local`` and ``pairwise``:
+            each all of it.
         keys: (local, 2) int64, secret: of the noise, and of the coins of the sampling.
     """
 
@@ -46,7 +47,7 @@ class SecretNoise:
         """Draw keys; ``noise_seed`` makes them repeatable, and the run not private."""
         self.mode, self._comm = mode, comm
         self.keys = torch.tensor(
-            [[_key(noise_seed, "noise", rank), _key(noise_seed, "coins", rank)]
+            [[secret_key(noise_seed, "noise", rank), secret_key(noise_seed, "coins", rank)]
              for rank in comm.ranks],
             dtype=torch.int64,
         )  # fmt: skip
@@ -55,8 +56,8 @@ class SecretNoise:
         """Share what ``replicated`` shares, and compare what must be equal, or must not.
 
         Raises:
-            ConfigError: on every process: two ranks would add the same noise, which ``split`` and
-                ``local`` forbid, or different noise under ``replicated``.
+            ConfigError: on every process: two ranks would add the same noise, which all modes but
+                ``replicated`` and ``rank0`` forbid, or different noise under ``replicated``.
         """
         comm = self._comm
         if self.mode == "replicated":
@@ -68,7 +69,7 @@ class SecretNoise:
         different = len(set(digests))
         if self.mode == "replicated" and different > 1:
             raise ConfigError("oracle.noise_mode: replicated, but the ranks' noise differs")
-        if self.mode in ("split", "local") and different < comm.n:
+        if self.mode in ("split", "local", "pairwise") and different < comm.n:
             raise ConfigError(
                 f"oracle.noise_mode: {self.mode} needs independent noise on every rank, but two "
                 "ranks would draw the same; restart without the keys of another rank"
@@ -89,10 +90,7 @@ class SecretNoise:
         """
         for i, scale in enumerate(scales):
             if scale > 0:
-                for part in range(_PARTS):
-                    perturb_(
-                        rows[i], layout, self._seed(i), release, part, scale / math.sqrt(_PARTS)
-                    )
+                add_normal_(rows[i], layout, self._seed(i), release, scale)
 
     def scalar(self, release: int) -> float:
         """Return one standard normal of rank 0's, beside the noise number ``release``."""
@@ -105,11 +103,33 @@ class SecretNoise:
 
         Of ``replicated`` rows, which are the same on every rank, the mean has it: n-th parts.
         """
-        comm = self._comm
-        if self.mode == "rank0":
-            return [total if rank == 0 else 0.0 for rank in comm.ranks]
-        share = {"split": comm.n**-0.5, "replicated": 1 / comm.n, "local": 1.0}[self.mode]
-        return [total * share] * comm.local
+        return [total * self._share(rank) for rank in self._comm.ranks]
+
+    def variances(self, total: float, sizes: Sequence[float]) -> tuple[list[float], float]:
+        """Return the variance per element in each hosted row, and in the mean of all rows.
+
+        Of the release added last, where rank r's row is divided by ``sizes[r]``.
+        """
+        parts = [(total * self._share(r) / size) ** 2 for r, size in enumerate(sizes)]
+        mean = parts[0] if self.mode == "replicated" else sum(parts) / len(parts) ** 2
+        return [parts[r] for r in self._comm.ranks], mean
+
+    def _share(self, rank: int) -> float:
+        """Return the standard deviation that a rank adds, over that of the sum."""
+        n, mode = self._comm.n, self.mode
+        if mode == "rank0":
+            return float(rank == 0)
+        return {"split": math.sqrt(1 / n), "replicated": 1 / n}.get(mode, 1.0)
+
+    # --- what a resume needs -----------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the secrets, a row per hosted rank."""
+        return {"keys": self.keys.clone()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        self.keys = state["keys"].clone()
 
     def _seed(self, i: int) -> int:
         return int(self.keys[i, 0]) & (2**64 - 1)
@@ -121,7 +141,13 @@ class SecretNoise:
         return int.from_bytes(hashlib.sha256(values).digest()[:8], "little", signed=True)
 
 
-def _key(noise_seed: int | None, name: str, rank: int) -> int:
+def add_normal_(row: Tensor, layout: RowLayout, seed: int, release: int, scale: float) -> None:
+    """Add ``scale`` times the standard normals (seed, release) to ``row`` (d,)."""
+    for part in range(_PARTS):
+        perturb_(row, layout, seed, release, part, scale / math.sqrt(_PARTS))
+
+
+def secret_key(noise_seed: int | None, name: str, rank: int) -> int:
     """Return 63 secret bits, or those of a seed that was given."""
     if noise_seed is None:
         return secrets.randbits(63)

@@ -230,8 +230,8 @@ class PublicData(OracleWrapper):
         return replace(
             private,
             grad=weighted([(weight, self._row), (rest, private.grad)], out=self._row),
-            origin=_scaled(private.origin, rest),
-            mean_origin=_scaled(private.mean_origin, rest),
+            origin=private.origin.scaled(rest**2),
+            mean_origin=private.mean_origin.scaled(rest**2),
             metrics={**private.metrics, **public.metrics},
         )
 
@@ -273,7 +273,8 @@ class PublicData(OracleWrapper):
         figures: dict[str, Tensor | float] = {**found.metrics, "public_loss": found.loss}
         if not math.isnan(self._seen.last):
             figures["public_validation_loss"] = self._seen.last
-        return replace(found, metrics=figures)
+        known = Origin(noise_var=0.0)  # public gradients get no noise
+        return replace(found, metrics=figures, origin=known, mean_origin=known)
 
     def _marked(self, estimate: Estimate, is_new: bool) -> Estimate:
         """Let the optimizer know where the gradients begin to come from elsewhere."""
@@ -335,7 +336,3 @@ def _layers(oracle: Oracle) -> list[Oracle]:
     """Return the oracle and those inside it, innermost first."""
     inside = _layers(oracle.inner) if isinstance(oracle, OracleWrapper) else []
     return [*inside, oracle]
-
-
-def _scaled(origin: Origin, factor: float) -> Origin:
-    return replace(origin, noise_var=origin.noise_var * factor**2)

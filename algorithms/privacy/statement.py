@@ -30,12 +30,16 @@ class PrivacyStatement:
         clip: the rule that bounds an example's gradient.
         clip_norm: bound on it (C).
         noise_mode: where the noise is added; decides the trust model.
+        pairwise_multiplier: noise shared by two neighbors, over the clip norm (``pairwise``).
         noise_seeded: whether the configuration gave the noise a seed, now or before a resume.
         shows_nonprivate: whether the log holds figures of the training examples.
         ranks: n.
         epsilon_per_rank: where ranks answer each for their own examples (``local``,
             ``pairwise``) and differ; ``epsilon`` is then the largest.
-        segments: the history as (noise_multiplier, rate, steps), where it has several.
+        epsilon_against_one_rank: under ``pairwise``, against a rank that colludes with no other.
+        sends: what leaves a rank in a step, in words.
+        segments: what was accounted for, as (noise_multiplier, rate, steps); shown where it is not
+            the run's own figures.
         filter: what runs behind the noise, as configured, with ``rho_inf``; None without.
         correlation: the strategy of correlated noise, as configured; None for independent noise.
         neighbors: which two data sets the guarantee makes alike.
@@ -53,11 +57,14 @@ class PrivacyStatement:
     clip: str
     clip_norm: float
     noise_mode: NoiseMode
+    pairwise_multiplier: float | None = None
     noise_seeded: bool = False
     shows_nonprivate: bool = False
     epsilon_target: float | None = None
     ranks: int = 1
     epsilon_per_rank: tuple[float, ...] = ()
+    epsilon_against_one_rank: float | None = None
+    sends: str = "what its algorithm exchanges"
     segments: tuple[tuple[float, float, int], ...] = ()
     filter: Mapping[str, Any] | None = None
     correlation: Mapping[str, Any] | None = None
@@ -89,9 +96,10 @@ class PrivacyStatement:
         "pairwise": (
             "Each rank adds noise of its own, and noise shared with each neighbor that cancels in "
             "the average, before any message leaves. The guarantee counts its own noise alone, "
-            "which holds against every other rank and eavesdropper; the shared noise protects "
-            "further against those who do not share it. It is each rank's own, for its own "
-            "examples."
+            "which holds against all other ranks together and eavesdroppers; the shared noise "
+            "protects further against those who do not share it (epsilon against one rank: that "
+            "of a rank which sees every message and colludes with none). The guarantee is each "
+            "rank's own, for its own examples."
         ),
     }
 
@@ -104,6 +112,41 @@ class PrivacyStatement:
                 "outside, the rank itself is trusted."
             )
         return self._TRUST[self.noise_mode].format(n=self.ranks)
+
+    _SEEN: ClassVar[Mapping[NoiseMode, str]] = {
+        "split": (
+            "the sum of its clipped gradients with 1/{n} of the noise variance; the means that "
+            "come back have all of it"
+        ),
+        "rank0": (
+            "the sum of its clipped gradients, clear but for rank 0's; the means that come back "
+            "have all of the noise"
+        ),
+        "replicated": (
+            "the sum of its clipped gradients, clear; the noise is known to every rank, so that "
+            "the means are clear to them too"
+        ),
+        "local": (
+            "made of its gradients after the whole noise (noise_multiplier times the bound on an "
+            "example, in each element of a sum) was added to them. Whoever sees every message in "
+            "all steps has the stated epsilon and no more"
+        ),
+        "pairwise": (
+            "made of its gradients after its own noise (noise_multiplier times the bound on an "
+            "example, in each element of a sum) and the noise shared with its neighbors were added "
+            "to them. A neighbor can take off what it shares with the sender, and nothing else; "
+            "whoever sees every message in all steps and knows all shared noise has the stated "
+            "epsilon and no more"
+        ),
+    }
+
+    @property
+    def neighbors_see(self) -> str | None:
+        """What leaves a rank, and how it is protected; None where there is one rank."""
+        if self.ranks == 1:
+            return None
+        seen = self._SEEN[self.noise_mode].format(n=self.ranks)
+        return f"In each step a rank sends {self.sends}: {seen}."
 
     @property
     def reservations(self) -> tuple[str, ...]:
@@ -145,6 +188,11 @@ class PrivacyStatement:
             "reservations": list(self.reservations),
             epsilon_key: _spelled(self.epsilon),
             f"{epsilon_key}_per_rank": [_spelled(e) for e in self.epsilon_per_rank] or None,
+            f"{epsilon_key}_against_one_rank": (
+                None
+                if self.epsilon_against_one_rank is None
+                else _spelled(self.epsilon_against_one_rank)
+            ),
             "epsilon_target": self.epsilon_target,
             "delta": self.delta,
             "accountant": self.accountant,
@@ -153,12 +201,14 @@ class PrivacyStatement:
             "examples": self.examples,
             "sampler": self.sampler,
             "noise_multiplier": self.noise_multiplier,
+            "pairwise_multiplier": self.pairwise_multiplier,
             "rate": self.rate,
             "steps": self.steps,
             "clip": self.clip,
             "clip_norm": self.clip_norm,
             "noise_mode": self.noise_mode,
             "trust": self.trust,
+            "neighbors_see": self.neighbors_see,
             "filter": None if self.filter is None else dict(self.filter),
             "correlation": None if self.correlation is None else dict(self.correlation),
             "seeds": (
@@ -168,7 +218,7 @@ class PrivacyStatement:
                 "in the checkpoint (mode 0600) alone and must not be published"
             ),
         }
-        if len(self.segments) > 1:
+        if len(self.segments) > 1 or self.correlation is not None:
             shown["segments"] = [
                 {"noise_multiplier": noise, "rate": rate, "steps": steps}
                 for noise, rate, steps in self.segments

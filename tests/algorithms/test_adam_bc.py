@@ -24,7 +24,8 @@ class Still(AdamBC):
 
 
 def phi_hat(optimizer, state):
-    return state.noise / (1 - optimizer.beta2**state.t)
+    assert (state.noise == state.noise[0]).all()
+    return float(state.noise[0]) / (1 - optimizer.beta2**state.t)
 
 
 @pytest.mark.parametrize("floor", [None, 0.02])
@@ -101,8 +102,33 @@ def test_a_small_gradient_under_noise_keeps_its_adaptive_size():
 
 
 def test_gradients_of_unknown_noise_are_refused_with_the_way_out():
+    optimizer = AdamBC(lr=0.1)
+    run = Run(Quadratic(), optimizer)
     with pytest.raises(ConfigError, match=r"optimizer\.name: adam-bc subtracts .* use adam"):
-        Run(Quadratic(), AdamBC(lr=0.1)).steps(1)
+        optimizer.update_(run.state, run.x, torch.ones_like(run.x), run.comm, PLAIN)
+
+
+def test_without_noise_it_is_adam():
+    plain, known = (Run(Quadratic(dtype="float32"), cls(lr=0.1)) for cls in (Adam, AdamBC))
+    for step in range(5):
+        grad = torch.zeros_like(plain.x)  # the rest, padding among it, has no gradient ever
+        grad[:, :9] = 0.1 * (step + 1)
+        plain.optimizer.update_(plain.state, plain.x, grad, plain.comm, Origin(0.0))
+        known.optimizer.update_(known.state, known.x, grad, known.comm, Origin(0.0))
+    torch.testing.assert_close(known.x, plain.x, rtol=1e-5, atol=1e-6)
+
+
+def test_each_rank_is_rid_of_its_own_noise():
+    levels = torch.tensor([[0.3], [0.0], [2.0]], dtype=torch.float64)
+    apart = []
+    for noise_var in (levels, *levels.flatten().tolist()):
+        run = Run(Quadratic(), AdamBC(lr=0.1), ranks=3)
+        for _ in range(3):
+            grad = torch.arange(3 * D, dtype=torch.float64).view(3, D) / D
+            run.optimizer.update_(run.state, run.x, grad, run.comm, Origin(noise_var))
+        apart.append(run.x)
+    for rank in range(3):
+        assert torch.equal(apart[0][rank], apart[1 + rank][rank])
 
 
 def test_a_gradient_without_noise_among_noisy_ones_counts_as_one():

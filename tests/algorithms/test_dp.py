@@ -1,11 +1,10 @@
 """The private oracle: sums, noise, sampling, accounting, and what it refuses."""
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from private_for_tests import EXAMPLES, FEATURES, problem, program, run
 from torch import nn
 
 from gossamer.algorithms.decentralized.all_reduce import AllReduce
@@ -13,50 +12,15 @@ from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.privacy import clipping
+from gossamer.algorithms.privacy.disk import Disk
+from gossamer.algorithms.privacy.doppler import Doppler
 from gossamer.algorithms.privacy.dp import DP
-from gossamer.algorithms.problems import Batch, Problem
+from gossamer.algorithms.problems import Batch
 from gossamer.algorithms.program import TrainingProgram
-from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import Communicator, ConfigError, StackedTransport, row_norm
 from gossamer.runtime.component import validate
 from gossamer.runtime.perturb import perturb_
 from gossamer.topologies import build
-
-EXAMPLES, FEATURES = 240, 12
-
-
-def problem(n=1, examples=EXAMPLES, hidden=0):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(examples, FEATURES, generator=generator)
-    y = (x[:, 0] > 0).long()
-    torch.manual_seed(1)
-    module = nn.Linear(FEATURES, 2)
-    if hidden:
-        module = nn.Sequential(nn.Linear(FEATURES, hidden), nn.Tanh(), nn.Linear(hidden, 2))
-
-    def loss(model, inputs):
-        return F.cross_entropy(model(inputs[0]), inputs[1])
-
-    shards = tuple(np.array_split(np.arange(examples), n))
-    data = TensorDataset((x, y))
-    return Problem(module, data, shards, loss, test=data)
-
-
-def program(n=1, *, algorithm=None, task=None, backprop=None, steps=None, seed=0, **dp):
-    comm = Communicator(build("ring", n), StackedTransport(), steps=steps, seed=seed)
-    inner = Backprop(**(backprop or {"batch_size": 60 // n}))
-    oracle = validate(DP, {"noise_seed": 5, **dp, "inner": inner}, "oracle")
-    algorithm = algorithm or AllReduce(optimizer=SGD(lr=0.5))
-    made = TrainingProgram(comm, task or problem(n), oracle, algorithm)
-    return made.start()
-
-
-def run(made, steps):
-    for _ in range(steps):
-        made.step()
-        made.comm.step += 1
-    return made
-
 
 # --- sums -------------------------------------------------------------------------------------
 
@@ -155,7 +119,7 @@ def test_local_noise_is_whole_on_every_rank():
 
 @pytest.mark.parametrize("mode", ["split", "local"])
 def test_ranks_with_one_key_are_an_error(mode, monkeypatch):
-    monkeypatch.setattr("gossamer.algorithms.privacy.noise._key", lambda *_: 7)
+    monkeypatch.setattr("gossamer.algorithms.privacy.noise.secret_key", lambda *_: 7)
     algorithm = DSGD(optimizer=SGD(lr=0.1))
     with pytest.raises(ConfigError, match="two ranks would draw the same"):
         program(4, noise_multiplier=1, noise_mode="local", algorithm=algorithm)
@@ -263,18 +227,19 @@ def test_a_seeded_run_stays_not_private_when_it_is_resumed_without_its_seed():
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "named"),
     [
-        {"backprop": {"batch_size": 30}},
-        {"delta": 1e-5},
-        {"task": problem(examples=EXAMPLES - 40)},
+        ({"backprop": {"batch_size": 30}}, r"others: rate \(0.25 -> 0.125\)"),
+        ({"delta": 1e-5}, r"others: delta \(0.0001 -> 1e-05\)"),
+        ({"task": problem(examples=EXAMPLES - 40)}, r"examples \(240.0 -> 200.0\)"),
+        ({"correlation": {"name": "sqrt-toeplitz", "bands": 3}}, r"bands \(1.0 -> 3.0\)"),
     ],
-    ids=["rate", "delta", "examples"],
+    ids=["rate", "delta", "examples", "bands"],
 )
-def test_what_epsilon_is_counted_with_may_not_change_on_a_resume(changed):
+def test_what_epsilon_is_counted_with_may_not_change_on_a_resume(changed, named):
     state = saved()
     other = program(**{"delta": 1e-4, "noise_multiplier": 1.0, **changed})
-    with pytest.raises(ConfigError, match="rate, delta, number of examples and noise_mode"):
+    with pytest.raises(ConfigError, match=named):
         other.oracle.load_state_dict(state)
 
 
@@ -392,3 +357,38 @@ def test_noise_of_the_mean_is_refused_where_ranks_show_their_own(mode):
     algorithm = DSGD(optimizer=SGD(lr=0.1))
     with pytest.raises(ConfigError, match=rf"noise_mode: {mode} protects the mean.*use local"):
         program(4, noise_multiplier=1.0, noise_mode=mode, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("wrapper", [Doppler, Disk])
+def test_a_filter_inside_is_refused_with_the_order_to_write(wrapper):
+    inner = wrapper(inner=Backprop())
+    with pytest.raises(ConfigError, match=rf"oracle\.inner: .*\[\.\.\., dp, {inner.name}\]"):
+        validate(DP, {"noise_multiplier": 1.0, "inner": inner}, "oracle")
+
+
+class Branches(nn.Module):
+    """Looks at a value, which torch.func does not allow, and owns its parameter itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(FEATURES, 2))
+
+    def forward(self, x):
+        return x @ self.weight if x.sum().item() > 0 else x @ -self.weight
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4)), "'1' is a BatchNorm1d"),
+        (Branches(), r"task\.model: .* torch\.func .*use layers of torch\.nn"),
+    ],
+    ids=["batch norm", "branches"],
+)
+def test_a_model_without_gradients_of_single_examples_is_refused_before_the_first(module, message):
+    task = problem()
+    task.module = module
+    comm = Communicator(build("ring", 1), StackedTransport())
+    oracle = DP(noise_multiplier=1.0, inner=Backprop(batch_size=60))
+    with pytest.raises(ConfigError, match=message):
+        TrainingProgram(comm, task, oracle, AllReduce(optimizer=SGD(lr=0.5)))

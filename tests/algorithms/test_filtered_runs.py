@@ -4,13 +4,14 @@ import logging
 
 import pytest
 import torch
+from pydantic import PrivateAttr
 from quadratic_for_tests import STACKS, Quadratic, Run, given_rows, gradients, random_rows
 from torch import nn
 
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
-from gossamer.algorithms.protocols import Origin
+from gossamer.algorithms.protocols import Estimate, OracleWrapper, Origin
 from gossamer.algorithms.registry import find
 from gossamer.runtime import ConfigError
 from gossamer.runtime.component import validate
@@ -140,9 +141,48 @@ def test_the_statement_names_the_filter_and_what_it_leaves_of_the_noise():
                     "rho_inf": pytest.approx(1 / 3)}  # fmt: skip
 
 
-def test_without_known_noise_nothing_is_claimed():
-    rows = random_rows(3)
-    inner = given_rows(rows)
-    for estimate in gradients(Doppler(inner=Quadratic()), SGD(lr=0.1), 3):
-        assert estimate.origin == Origin()
-    assert gradients(inner, SGD(lr=0.1), 1)[0].origin.noise_var == 1
+class Unknown(Quadratic):
+    """Says nothing of its noise."""
+
+    def __call__(self, x, batch, **options):
+        found = super().__call__(x, batch, **options)
+        return Estimate(found.loss, found.grad, found.weight)
+
+
+def test_unknown_noise_stays_unknown_and_none_none():
+    for oracle, known in [(Unknown(), Origin()), (Quadratic(), Origin(noise_var=0.0))]:
+        for estimate in gradients(Doppler(inner=oracle), SGD(lr=0.1), 3):
+            assert estimate.origin == estimate.mean_origin == known
+    assert gradients(given_rows(random_rows(3)), SGD(lr=0.1), 1)[0].origin.noise_var == 1
+
+
+class Named(OracleWrapper):
+    """A user's own wrapper, which may stand in the list twice."""
+
+    name: str = "named"
+    _number: torch.Tensor = PrivateAttr()
+
+    def __call__(self, x, batch, **options):
+        return self.inner(x, batch, **options)
+
+    def own_state(self):
+        return {"number": self._number}
+
+    def load_own_state(self, state):
+        self._number = state["number"].clone()
+
+
+def test_two_wrappers_of_one_name_keep_their_states_apart():
+    def stack(numbers):
+        found = Quadratic()
+        for number in numbers:
+            found = Named(inner=found)
+            found._number = torch.full((2, 1), number)
+        return found
+
+    saved = stack([1, 2, 3]).state_dict()
+    assert set(saved) == {"named.number", "named@2.number", "named@3.number"}
+    other = stack([0, 0, 0])
+    other.load_state_dict(saved)
+    layers = [other, other.inner, other.inner.inner]
+    assert [int(layer._number[0]) for layer in layers] == [3, 2, 1]

@@ -32,9 +32,11 @@ def every_algorithm() -> dict[str, dict]:
 
 
 def private_runs() -> dict[str, dict]:
-    """Noise of the mean behind a filter, and noise of every rank's own."""
+    """Noise of the mean behind a filter, of every rank's own, correlated, shared by neighbors."""
     dp = {"name": "dp", "noise_multiplier": 1.0, "noise_seed": 3, "accountant": "rdp"}
     backprop = {"name": "backprop", "batch_size": 5}
+    pairwise = {"noise_mode": "pairwise", "pairwise_multiplier": 20.0}
+    root = {"name": "sqrt-toeplitz", "bands": 3}
     return {
         "private-all-reduce": {
             "oracle": [backprop, dp, {"name": "doppler"}],
@@ -45,6 +47,21 @@ def private_runs() -> dict[str, dict]:
             "oracle": [backprop, dp, {"name": "disk"}],
             "algorithm": {"name": "dsgd"},
             "optimizer": {"name": "sgd", "lr": 0.1},
+        },
+        "private-correlated": {
+            "oracle": [backprop, dp | {"correlation": {"name": "banded", "bands": 3}}],
+            "algorithm": {"name": "all-reduce"},
+            "optimizer": {"name": "adam-bc", "lr": 0.01},
+        },
+        "private-pairwise": {
+            "oracle": [backprop, dp | pairwise],
+            "algorithm": {"name": "d-nasa"},
+        },
+        "private-pairwise-correlated": {
+            "oracle": [backprop, dp | pairwise | {"correlation": root}],
+            "algorithm": {"name": "gradient-tracking"},
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "topology": {"name": "star"},
         },
     }
 
