@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer.runtime import Communicator, ConfigError, RowLayout
-from gossamer.runtime.perturb import direction_, perturb_
+from gossamer.runtime.perturb import Probe, direction_, perturb_
 from gossamer.runtime.random import Stream
 
 __all__ = ["NoiseMode", "SecretNoise"]
@@ -87,12 +87,21 @@ class SecretNoise:
             release: a number that no other release has.
             scales: per hosted rank, the standard deviation in its row; 0 adds nothing.
         """
-        for i, scale in enumerate(scales):
-            if scale > 0:
-                for part in range(_PARTS):
-                    perturb_(
-                        rows[i], layout, self._seed(i), release, part, scale / math.sqrt(_PARTS)
-                    )
+        for row, terms in zip(rows, self.terms(release, scales), strict=True):
+            for seed, term in terms:
+                perturb_(row, layout, seed, term.step, term.probe, term.coefficient)
+
+    def terms(self, release: int, scales: Sequence[float]) -> list[list[tuple[int, Probe]]]:
+        """Return what ``add_`` adds: per hosted rank directions, with their seeds."""
+        share = 1 / math.sqrt(_PARTS)
+        return [
+            [
+                (self._seed(i), Probe(release, part, scale * share))
+                for part in range(_PARTS)
+                if scale > 0
+            ]
+            for i, scale in enumerate(scales)
+        ]
 
     def scalar(self, release: int) -> float:
         """Return one standard normal of rank 0's, beside the noise number ``release``."""

@@ -229,6 +229,55 @@ def random(
 
 
 @app.command()
+def private(
+    min_bytes: MinBytes = "64K",
+    max_bytes: MaxBytes = "64M",
+    factor: Factor = 32,
+    iters: Iters = 15,
+    warmup: Warmup = 2,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Noise, filter and update of a private step on one core: in one pass, and in several."""
+    from rich.console import Console
+
+    from gossamer.launch.bench.measure import Options, parse_bytes, print_rows, text, text_spread
+    from gossamer.launch.bench.private import private as measure
+
+    options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
+    with Console(stderr=True).status("drawing"):
+        rows = measure(options)
+    print_rows(
+        rows,
+        {
+            "bytes": text("bytes"),
+            "fused (p10-p90)": text_spread("fused_ns", 1),
+            "unfused (p10-p90)": text_spread("unfused_ns", 1),
+            "/ fused": text("unfused_ratio", "{:.2f}"),
+            "torch, 4 (p10-p90)": text_spread("torch_four_ns", 1),
+            "/ fused ": text("torch_four_ratio", "{:.2f}"),
+            "torch, 1": text("torch_one_ns", "{:.1f}"),
+            "/ fused  ": text("torch_one_ratio", "{:.2f}"),
+            "normals": text("normals_ns", "{:.1f}"),
+            "rest": text("rest_ns", "{:.2f}"),
+            "limit": text("limit_ns", "{:.2f}"),
+            "its share": text("rest_share", "{:.0%}"),
+        },
+        title="private",
+        as_json=as_json,
+    )
+    if not as_json:
+        typer.echo(
+            "ns per element, on one core, in turn. A sum gets noise and is scaled, an average "
+            "takes it in, x takes a step.\nfused: one pass; unfused: the same bits in seven; "
+            "torch: plain torch with 4 normals an element, or 1\nnormals: 4 an element, added in "
+            "one pass; rest: the fused pass without them; limit: five rows at a triad's speed, "
+            "and its share of the rest"
+        )
+    return 0
+
+
+@app.command()
 def device(
     ranks: Annotated[int, typer.Option(min=0, help="Processes; 0: the kernel alone.")] = 4,
     graph: Annotated[str, typer.Option(help="Topology by name.")] = "ring",

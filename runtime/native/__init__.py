@@ -20,10 +20,18 @@ from gossamer.runtime.native.draws import (
     fill_random,
     fill_words,
     normals_of_words,
+    release_sum,
     subtract_random,
     words_,
 )
-from gossamer.runtime.native.sums import Terms, combine, row_dot, triad, weighted_sum
+from gossamer.runtime.native.sums import (
+    Terms,
+    add_rows,
+    combine,
+    row_dot,
+    triad,
+    weighted_sum,
+)
 
 __all__ = [
     "ALIGNMENT",
@@ -37,6 +45,7 @@ __all__ = [
     "Piece",
     "Terms",
     "add_random",
+    "add_rows",
     "build_info",
     "combine",
     "fill",
@@ -44,6 +53,7 @@ __all__ = [
     "fill_words",
     "normals_of_words",
     "num_threads",
+    "release_sum",
     "row_dot",
     "subtract_random",
     "triad",
