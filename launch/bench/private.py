@@ -1,43 +1,76 @@
-"""``bench private``: a private step after the clipping, in one pass and in several.
+"""``bench private``: what a private step makes of gradients, in one pass and in several.
 
-On one core. A sum of clipped gradients gets noise (four normals an element) and is divided by the
-batch size, a moving average takes it in, and the parameters take a step along that. All ways run in
-turn in one run.
+On one core. Gradients of single examples are measured and their bounded sum is formed; a sum gets
+noise (four normals an element) and is divided by the batch size, a moving average takes it in, and
+the parameters take a step along that. All ways run in turn in one run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.launch.bench.measure import DTYPES, Options, Row, interleave
+from gossamer.launch.bench.measure import DTYPES, Options, Row, Spread, interleave
 from gossamer.runtime import combine, native
+from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.native import add_rows, row_dot
 from gossamer.runtime.perturb import Probe, perturb_, release_, update_
 from gossamer.runtime.rows import RowLayout
 
-__all__ = ["private"]
+__all__ = ["LEGEND", "examples", "private"]
+
+LEGEND = """\
+ns per element, on one core, in turn. A sum gets noise and is scaled, an average takes it in, x
+takes a step.
+fused: one pass; unfused: the same bits in seven; torch: plain torch with 4 normals an element, or 1
+normals: 4 an element, added in one pass; rest: the fused pass without them; limit: five rows at a
+triad's speed, and its share of the rest
+norms: squared, in float64; sum: of the rows times factors; torch: with temporaries; gemv: addmv_"""
 
 _STD, _FACTOR, _BETA, _RATE = 0.5, 1 / 64, 0.9, 0.125
 _NOISE = [(1, Probe(0, part, _STD / 2)) for part in range(4)]
 _CHECKED = 4099  # an odd number: whole vectors and a rest
 _ROWS_MOVED = 5  # sum, average and parameters are read, the last two written
+_EXAMPLES = 64
 
 
 def private(options: Options) -> list[Row]:
-    """Measure rows of every size; one row of figures each.
+    """Measure noise, filter and step on rows of every size; one row of figures each.
+
+    Raises:
+        ConfigError: ``dtype`` is none that is summed privately.
+        AssertionError: the ways disagree.
+    """
+    if options.dtype not in ("float32", "float64"):
+        raise ConfigError(f"--dtype: '{options.dtype}' has no private sums; use float32 or float64")
+    with _one_thread():
+        _check(DTYPES[options.dtype])
+        return [_measure(count, options) for count in options.counts()]
+
+
+def examples(options: Options) -> list[Row]:
+    """Measure norms and bounded sums of 64 gradients of every size together; figures as above.
 
     Raises:
         AssertionError: the ways disagree.
     """
+    with _one_thread():
+        return [
+            _measure_examples(max(1, count // _EXAMPLES), options) for count in options.counts()
+        ]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     native.use_threads(1)
     try:
-        _check(DTYPES[options.dtype])
-        return [_measure(count, options) for count in options.counts()]
+        yield
     finally:
         native.use_threads(None)
         torch.set_num_threads(threads)
@@ -111,17 +144,52 @@ def _measure(count: int, options: Options) -> Row:
         cases[f"triad_{stream}"] = partial(native.triad, a, b, c, 3.0, stream=stream)
     found = interleave(cases, options.iters, options.warmup)
     triad = min((found.pop(f"triad_{stream}") for stream in (False, True)), key=lambda t: t.median)
-    size_bytes = DTYPES[options.dtype].itemsize
-    row: Row = {"dtype": options.dtype, "bytes": count * size_bytes, "elements": count}
-    for name, times in found.items():
-        for key, value in (("", "median"), ("_p10", "p10"), ("_p90", "p90")):
-            row[f"{name}_ns{key}"] = 1e9 * getattr(times, value) / count
+    row = _figures(count, options.dtype, found)
     for way in ("unfused", "torch_one", "torch_four"):
         row[f"{way}_ratio"] = found[way].median / found["fused"].median
     limit = triad.median * _ROWS_MOVED / 3
     row["limit_ns"] = 1e9 * limit / count
     for way in ("fused", "rest"):
         row[f"{way}_share"] = limit / found[way].median
+    return row
+
+
+def _measure_examples(size: int, options: Options) -> Row:
+    dtype, count = DTYPES[options.dtype], _EXAMPLES * size
+    g, out = torch.randn(_EXAMPLES, size).to(dtype), torch.zeros(size, dtype=dtype)
+    factors = torch.rand(_EXAMPLES)
+
+    def plain_norms() -> Tensor:
+        return g.double().square().sum(1)
+
+    def plain_sum() -> Tensor:
+        return out.add_((g * factors[:, None].to(dtype)).sum(0))
+
+    norms = row_dot(g, g)[:, 0]
+    assert torch.allclose(norms, plain_norms(), rtol=1e-12), "the norms disagree"
+    summed, plain = add_rows(torch.zeros_like(out), g, factors), plain_sum().clone()
+    tolerance = _EXAMPLES * torch.finfo(dtype).eps * float(g.abs().sum(0).max())
+    assert torch.allclose(summed, plain, rtol=0, atol=tolerance), "the sums disagree"
+    cases: dict[str, Callable[[], object]] = {
+        "norms": lambda: row_dot(g, g),
+        "torch_norms": plain_norms,
+        "sum": lambda: add_rows(out, g, factors),
+        "torch_sum": plain_sum,
+        "blas_sum": lambda: out.addmv_(g.mT, factors.to(dtype)),
+    }
+    found = interleave(cases, options.iters, options.warmup)
+    row = _figures(count, options.dtype, found)
+    row |= {"examples": _EXAMPLES, "norms_ratio": row["torch_norms_ns"] / row["norms_ns"]}
+    for way in ("torch", "blas"):
+        row[f"{way}_sum_ratio"] = row[f"{way}_sum_ns"] / row["sum_ns"]
+    return row
+
+
+def _figures(count: int, dtype: str, found: dict[str, Spread]) -> Row:
+    row: Row = {"dtype": dtype, "bytes": count * DTYPES[dtype].itemsize, "elements": count}
+    for name, times in found.items():
+        for key, value in (("", times.median), ("_p10", times.p10), ("_p90", times.p90)):
+            row[f"{name}_ns{key}"] = 1e9 * value / count
     return row
 
 
@@ -132,8 +200,5 @@ def _check(dtype: torch.dtype) -> None:
         return step.average[:, :_CHECKED], step.x[:, :_CHECKED]  # padding is not released
 
     found, expected = after(_Step.fused), after(_Step.unfused)
-    tolerance = 0.0 if dtype.itemsize >= 4 else 2 * torch.finfo(dtype).eps
-    right = all(
-        torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(found, expected, strict=True)
-    )
-    assert right, "one pass and several do not come to the same"
+    right = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert right, "one pass and several do not come to the same bits"

@@ -235,18 +235,19 @@ def private(
     factor: Factor = 32,
     iters: Iters = 15,
     warmup: Warmup = 2,
-    dtype: Dtype = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     as_json: Json = False,
 ) -> int:
-    """Noise, filter and update of a private step on one core: in one pass, and in several."""
+    """Norms, sums, noise, filter and update of a private step on one core, against plain torch."""
     from rich.console import Console
 
     from gossamer.launch.bench.measure import Options, parse_bytes, print_rows, text, text_spread
+    from gossamer.launch.bench.private import LEGEND, examples
     from gossamer.launch.bench.private import private as measure
 
     options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
     with Console(stderr=True).status("drawing"):
-        rows = measure(options)
+        rows, summed = measure(options), examples(options)
     print_rows(
         rows,
         {
@@ -265,15 +266,26 @@ def private(
         },
         title="private",
         as_json=as_json,
+        extra={"examples": summed},
     )
     if not as_json:
-        typer.echo(
-            "ns per element, on one core, in turn. A sum gets noise and is scaled, an average "
-            "takes it in, x takes a step.\nfused: one pass; unfused: the same bits in seven; "
-            "torch: plain torch with 4 normals an element, or 1\nnormals: 4 an element, added in "
-            "one pass; rest: the fused pass without them; limit: five rows at a triad's speed, "
-            "and its share of the rest"
+        print_rows(
+            summed,
+            {
+                "bytes": text("bytes"),
+                "norms (p10-p90)": text_spread("norms_ns", 2),
+                "torch (p10-p90)": text_spread("torch_norms_ns", 2),
+                "/ norms": text("norms_ratio", "{:.1f}"),
+                "sum (p10-p90)": text_spread("sum_ns", 2),
+                "torch  (p10-p90)": text_spread("torch_sum_ns", 2),
+                "/ sum": text("torch_sum_ratio", "{:.1f}"),
+                "gemv": text("blas_sum_ns", "{:.2f}"),
+                "/ sum ": text("blas_sum_ratio", "{:.2f}"),
+            },
+            title="64 examples",
+            as_json=False,
         )
+        typer.echo(LEGEND)
     return 0
 
 

@@ -257,13 +257,14 @@ def add_rows(out: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         raise ValueError(
             f"add_rows: out must be (d,) float32 or float64, got {tuple(out.shape)} {out.dtype}"
         )
-    target, rows = _rows("add_rows: out", out[None], out[None]), _rows("add_rows: g", g, out[None])
+    like = out[None]
+    target, rows = _rows("add_rows: out", like, like), _rows("add_rows: g", g, like)
     if factors.shape != g.shape[:1] or factors.device != g.device:
         raise ValueError(
             f"add_rows: factors are {tuple(factors.shape)} on {factors.device}, must be "
             f"({len(g)},) on {g.device}"
         )
-    if not out.is_contiguous() or _meet(rows, target, out[None]):
+    if not out.is_contiguous() or _meet(rows, target, like):
         raise ValueError("add_rows: out must be contiguous, and no row of g")
     wide = factors.detach().to(torch.float64).contiguous()
     code = DTYPES[out.dtype]
