@@ -219,10 +219,10 @@ def add_weighted(terms: Sequence[Term], factors: Tensor, bad: Tensor, out: Tenso
 
 def _total(terms: Sequence[Dense]) -> Dense:
     """Return the sum of terms, with what its rounding may add."""
-    g = torch.stack([term.g for term in terms]).sum(0)
+    g = sum((term.g for term in terms[1:]), terms[0].g)
     slack = torch.stack([term.rounding() for term in terms]).sum(0)
     if len(terms) > 1:
-        norms = torch.stack([term.g.flatten(1).norm(dim=1) for term in terms]).sum(0)
+        norms = torch.stack([term.rows().norm(dim=1) for term in terms]).sum(0)
         slack = slack + norms * (len(terms) * torch.finfo(g.dtype).eps)
     return Dense(g, slack)
 
