@@ -253,29 +253,29 @@ def add_rows(out: Tensor, g: Tensor, factors: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes, devices or memory layouts do not fit.
     """
-    if out.dtype not in (torch.float32, torch.float64) or out.dim() != 1:
+    if out.dtype not in (torch.float32, torch.float64) or out.dim() != 1 or not out.is_contiguous():
         raise ValueError(
-            f"add_rows: out must be (d,) float32 or float64, got {tuple(out.shape)} {out.dtype}"
+            "add_rows: out must be (d,) contiguous float32 or float64, got "
+            f"{tuple(out.shape)} {out.dtype} with strides {out.stride()}"
         )
     like = out[None]
-    target, rows = _rows("add_rows: out", like, like), _rows("add_rows: g", g, like)
+    rows, code, place = _rows("add_rows: g", g, like), DTYPES[out.dtype], out.data_ptr()
     if factors.shape != g.shape[:1] or factors.device != g.device:
         raise ValueError(
             f"add_rows: factors are {tuple(factors.shape)} on {factors.device}, must be "
             f"({len(g)},) on {g.device}"
         )
-    if not out.is_contiguous() or _meet(rows, target, like):
-        raise ValueError("add_rows: out must be contiguous, and no row of g")
-    wide = factors.detach().to(torch.float64).contiguous()
-    code = DTYPES[out.dtype]
-    if out.is_cuda and _C.built_with_cuda():
+    if _meet(rows, (place, 1, 0), like):
+        raise ValueError("add_rows: out must be no row of g")
+    wide = factors.to(torch.float64).contiguous()
+    if out.is_cpu:
+        _C.add_rows(rows, wide.data_ptr(), place, len(out), code, num_threads())
+    elif out.is_cuda and _C.built_with_cuda():
         with torch.cuda.device(out.device):
-            _C.add_rows_cuda(rows, wide.data_ptr(), target[0], len(out), code, stream_of(out))
-        return out
-    if not out.is_cpu:
+            _C.add_rows_cuda(rows, wide.data_ptr(), place, len(out), code, stream_of(out))
+    else:
         used = wide != 0
-        return out.addmv_(g[used].mT, wide[used].to(out.dtype))
-    _C.add_rows(rows, wide.numpy(), target[0], len(out), code, num_threads())
+        out.addmv_(g[used].mT, wide[used].to(out.dtype))
     return out
 
 
