@@ -96,11 +96,15 @@ class Estimate:
     """
 
     loss: Tensor
-    grad: Any  # Tensor, or Directions for an oracle whose form is "directions"
+    grad: Any  # Tensor; Directions from `deferred`, or an oracle whose form is "directions"
     weight: Tensor
     origin: Origin = PLAIN
     mean_origin: Origin = PLAIN
     metrics: Metrics = field(default_factory=dict)
+
+    def dense(self) -> Estimate:
+        """Return the estimate with its gradient as rows."""
+        return self if isinstance(self.grad, Tensor) else replace(self, grad=self.grad.dense())
 
 
 Sink = Callable[[slice, Tensor], None]
@@ -229,6 +233,20 @@ class Oracle(Component, ABC):
                 f"oracle: {self.name} has no gradients of single examples, which privacy bounds "
                 "one by one; put dp around backprop"
             )
+
+    def deferred(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+    ) -> Estimate:
+        """Estimate as the call does; the gradient may be Directions instead of rows.
+
+        For callers that only hand it to ``Optimizer.apply_``, before the next call: what is not
+        written down yet can be added to x in the pass that makes it.
+        """
+        return self(x, batch, combine=combine)
 
     def clipped(
         self,
@@ -403,6 +421,18 @@ class Optimizer(Component, ABC):
         """``x -= rate * direction`` in place; returns x."""
         direction = self.direction(state, x, grad, origin)
         return combine([(1.0, x), (-self.rate(comm), direction)], out=x)
+
+    def apply_(
+        self,
+        state: Any,
+        x: Tensor,
+        grad: Tensor | Directions,
+        comm: Communicator,
+        origin: Origin = PLAIN,
+    ) -> Tensor:
+        """``update_`` with rows, or with what ``Oracle.deferred`` gives in their place."""
+        rows = grad if isinstance(grad, Tensor) else grad.dense()
+        return self.update_(state, x, rows, comm, origin)
 
 
 class State(Protocol):

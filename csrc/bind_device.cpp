@@ -107,6 +107,24 @@ void weighted_sum_cuda(const std::vector<RowsTuple>& blocks, const Array<std::in
   gossamer::sum_rows_cuda(sums, stream);
 }
 
+void row_dot_cuda(const RowsTuple& x, const RowsTuple& y, std::size_t d, int dtype,
+                  std::uintptr_t out, DeviceStream stream) {
+  const Release release;
+  const auto rows = [](const RowsTuple& t) {
+    return gossamer::Rows{std::get<0>(t), std::get<1>(t), std::get<2>(t)};
+  };
+  gossamer::row_dot_cuda(rows(x), rows(y), d, static_cast<Dtype>(dtype), pointer<double>(out),
+                         stream);
+}
+
+void add_rows_cuda(const RowsTuple& g, std::uintptr_t factors, std::uintptr_t out, std::size_t d,
+                   int dtype, DeviceStream stream) {
+  const Release release;
+  gossamer::add_rows_cuda({std::get<0>(g), std::get<1>(g), std::get<2>(g)},
+                          pointer<const double>(factors), out, d, static_cast<Dtype>(dtype),
+                          stream);
+}
+
 // What tests queue on a stream beside the collectives, and how they see its end.
 void copy(DeviceGroup& group, std::uintptr_t to, std::uintptr_t from, std::size_t bytes,
           DeviceStream stream) {
@@ -127,6 +145,8 @@ void synchronize(DeviceGroup& group, DeviceStream stream) {
 void bind_device(nb::module_& m) {
   m.def("weighted_sum_cuda", &weighted_sum_cuda, "blocks"_a, "indptr"_a, "columns"_a, "weights"_a,
         "out"_a, "addend"_a.none(), "a"_a, "d"_a, "dtype"_a, "stream"_a);
+  m.def("add_rows_cuda", &add_rows_cuda, "g"_a, "factors"_a, "out"_a, "d"_a, "dtype"_a, "stream"_a);
+  m.def("row_dot_cuda", &row_dot_cuda, "x"_a, "y"_a, "d"_a, "dtype"_a, "out"_a, "stream"_a);
   nb::class_<DeviceGroup>(m, "DeviceGroup", "Collectives on rows in device memory, on streams.")
       .def_static(
           "on_cuda",

@@ -27,6 +27,8 @@ using StreamTuple = std::tuple<std::uint64_t, std::uint32_t, std::uint32_t>;
 using MaskTuple = std::tuple<std::uint32_t, std::uint32_t, std::uint64_t>;
 using DirectionTuple = std::tuple<int, StreamTuple, std::optional<MaskTuple>>;
 using TermTuple = std::tuple<DirectionTuple, double>;
+// (address, coefficient)
+using KeptTuple = std::tuple<std::uintptr_t, double>;
 
 std::vector<gossamer::Piece> to_pieces(const std::vector<PieceTuple>& tuples) {
   std::vector<gossamer::Piece> pieces;
@@ -53,6 +55,12 @@ std::vector<gossamer::ScaledDirection> to_terms(const std::vector<TermTuple>& tu
     terms.push_back({to_direction(direction), coefficient});
   }
   return terms;
+}
+
+std::vector<gossamer::KeptRow> to_kept(const std::vector<KeptTuple>& tuples) {
+  std::vector<gossamer::KeptRow> rows;
+  for (const auto& [address, coefficient] : tuples) rows.push_back({address, coefficient});
+  return rows;
 }
 
 }  // namespace
@@ -115,6 +123,20 @@ void bind_random(nb::module_& m) {
       },
       "pieces"_a, "dtype"_a, "terms"_a, "decay"_a, "num_threads"_a);
   m.def(
+      "release_sum",
+      [](const std::vector<PieceTuple>& pieces, int dtype, std::uintptr_t sum,
+         const std::vector<TermTuple>& noise, double factor, double weight,
+         const std::vector<KeptTuple>& kept, std::uintptr_t out, std::uintptr_t raw,
+         std::uintptr_t x, double scale, std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        const auto terms = to_terms(noise);
+        const auto rows = to_kept(kept);
+        gossamer::release_sum(to_pieces(pieces), static_cast<Dtype>(dtype),
+                              {sum, terms, factor, weight, rows, out, raw, x, scale}, num_threads);
+      },
+      "pieces"_a, "dtype"_a, "sum"_a, "noise"_a, "factor"_a, "weight"_a, "kept"_a, "out"_a, "raw"_a,
+      "x"_a, "scale"_a, "num_threads"_a);
+  m.def(
       "fill_words_cuda",
       [](std::uintptr_t out, std::size_t n, std::uint64_t begin, std::uint64_t key,
          std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uintptr_t stream) {
@@ -150,4 +172,19 @@ void bind_random(nb::module_& m) {
                                        to_terms(terms), decay, pointer<void>(stream));
       },
       "pieces"_a, "dtype"_a, "terms"_a, "decay"_a, "stream"_a);
+  m.def(
+      "release_sum_cuda",
+      [](const std::vector<PieceTuple>& pieces, int dtype, std::uintptr_t sum,
+         const std::vector<TermTuple>& noise, double factor, double weight,
+         const std::vector<KeptTuple>& kept, std::uintptr_t out, std::uintptr_t raw,
+         std::uintptr_t x, double scale, std::uintptr_t stream) {
+        nb::gil_scoped_release release;
+        const auto terms = to_terms(noise);
+        const auto rows = to_kept(kept);
+        gossamer::release_sum_cuda(to_pieces(pieces), static_cast<Dtype>(dtype),
+                                   {sum, terms, factor, weight, rows, out, raw, x, scale},
+                                   pointer<void>(stream));
+      },
+      "pieces"_a, "dtype"_a, "sum"_a, "noise"_a, "factor"_a, "weight"_a, "kept"_a, "out"_a, "raw"_a,
+      "x"_a, "scale"_a, "stream"_a);
 }

@@ -116,6 +116,15 @@ NB_MODULE(_C, m) {
       },
       "x"_a, "y"_a, "d"_a, "dtype"_a, "out"_a, "num_threads"_a);
   m.def(
+      "add_rows",
+      [](const RowsTuple& g, std::uintptr_t factors, std::uintptr_t out, std::size_t d, int dtype,
+         std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        gossamer::add_rows(to_rows(g), {pointer<const double>(factors), std::get<1>(g)}, out, d,
+                           static_cast<Dtype>(dtype), num_threads);
+      },
+      "g"_a, "factors"_a, "out"_a, "d"_a, "dtype"_a, "num_threads"_a);
+  m.def(
       "triad",
       [](std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, double factor, std::size_t n,
          bool stream) {

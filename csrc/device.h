@@ -70,6 +70,15 @@ std::unique_ptr<Device> make_cuda_device(int index);
 // The same sums alone, on the current CUDA device.
 void sum_rows_cuda(const RowSums& sums, DeviceStream stream);
 
+// out[r] = sum_i x[r][i] * y[r][i] in double, on the current CUDA device; `out` is on it too. The
+// order of the additions is fixed, but not row_dot's.
+void row_dot_cuda(const Rows& x, const Rows& y, std::size_t d, Dtype dtype, double* out,
+                  DeviceStream stream);
+
+// add_rows() on the current CUDA device, where `factors` are too: the same bits.
+void add_rows_cuda(const Rows& g, const double* factors, std::uintptr_t out, std::size_t d,
+                   Dtype dtype, DeviceStream stream);
+
 // Streams are threads, by number, that dawdle up to `most_delay_us` before each piece of work.
 std::unique_ptr<Device> make_host_device(std::uint32_t seed, std::uint32_t most_delay_us);
 

@@ -88,4 +88,10 @@ void subtract_random(std::span<const Piece> pieces, Dtype dtype,
             [&](const Piece& part) { kernels().subtract(part, dtype, terms, decay); });
 }
 
+void release_sum(std::span<const Piece> pieces, Dtype dtype, const Release& release,
+                 std::size_t num_threads) {
+  for_parts(pieces, dtype, num_threads,
+            [&](const Piece& part) { kernels().release(part, dtype, release); });
+}
+
 }  // namespace gossamer

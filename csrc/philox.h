@@ -53,6 +53,27 @@ struct ScaledDirection {
   double coefficient;
 };
 
+// A row of a filter's past, and what it is multiplied by.
+struct KeptRow {
+  std::uintptr_t address;
+  double coefficient;
+};
+
+// A private gradient out of a clipped sum, with what follows it. Rows are like `sum`, in which the
+// pieces lie; those that are written may be any that are read, but not each other, and rows that
+// are not the same do not overlap.
+struct Release {
+  std::uintptr_t sum;
+  std::span<const ScaledDirection> noise;
+  double factor;
+  double weight;  // of the noisy sum in `out`
+  std::span<const KeptRow> kept;
+  std::uintptr_t out;
+  std::uintptr_t raw;  // gets the noisy sum times factor; 0: none
+  std::uintptr_t x;    // gets scale * out added; 0: none
+  double scale;
+};
+
 [[nodiscard]] std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter,
                                                       std::uint64_t key) noexcept;
 
@@ -62,7 +83,7 @@ void fill_words(std::uint32_t* out, std::size_t n, std::uint64_t begin, const St
 // out[0..n) = the normals of n words, as a stream with these words has them; n is a multiple of 4.
 void normals_of_words(const std::uint32_t* words, std::size_t n, float* out);
 
-// The three below work on pieces that do not overlap, with up to `num_threads` threads, fewer for
+// The four below work on pieces that do not overlap, with up to `num_threads` threads, fewer for
 // small work. Arithmetic is in float (coefficients rounded to it first), in double for double
 // pieces; z is the float32 value in every dtype; 16-bit results are rounded to nearest, ties to
 // even.
@@ -77,5 +98,11 @@ void add_random(std::span<const Piece> pieces, Dtype dtype, const Direction& dir
 // operation rounded.
 void subtract_random(std::span<const Piece> pieces, Dtype dtype,
                      std::span<const ScaledDirection> terms, double decay, std::size_t num_threads);
+// s = sum; for each direction in order s = fma(coefficient, z, s); u = factor * s; y = weight * u;
+// for each kept row in order y = y + coefficient * row; raw = u, out = y, x = x + scale * y. Each
+// operation is rounded, so that in float and double the bits are those of add_random and
+// weighted_sum one after another; 16-bit rows are rounded when they are stored, and only then.
+void release_sum(std::span<const Piece> pieces, Dtype dtype, const Release& release,
+                 std::size_t num_threads);
 
 }  // namespace gossamer

@@ -22,5 +22,7 @@ void add_random_cuda(std::span<const Piece> pieces, Dtype dtype, const Direction
                      double a, void* cuda_stream);
 void subtract_random_cuda(std::span<const Piece> pieces, Dtype dtype,
                           std::span<const ScaledDirection> terms, double decay, void* cuda_stream);
+void release_sum_cuda(std::span<const Piece> pieces, Dtype dtype, const Release& release,
+                      void* cuda_stream);
 
 }  // namespace gossamer

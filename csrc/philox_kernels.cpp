@@ -50,6 +50,22 @@ void accumulate_tile(Acc a, const float* z, Acc* sum) {
   }
 }
 
+// The directions' sum over the kSpan elements from `first` on, added to `sum`.
+constexpr std::size_t kSpan = 8 * kTile;  // what a direction is set up for at a time
+template <typename Acc>
+void accumulate_span(std::span<const ScaledDirection> terms, std::uint32_t c1, std::uint64_t first,
+                     std::size_t len, Acc* sum) {
+  alignas(64) float z[kTile];
+  for (const ScaledDirection& term : terms) {
+    Draws draws(term.direction, c1);
+    const auto coefficient = static_cast<Acc>(term.coefficient);
+    for (std::size_t k = 0; k < len; k += kTile) {
+      draws.tile(first + k, z);
+      accumulate_tile(coefficient, z, sum + k);
+    }
+  }
+}
+
 // x = (x - s) - (decay * x).
 template <typename T>
 void subtract_tile(const Accumulator<T>* s, Accumulator<T> decay, std::size_t len, T* x) {
@@ -62,6 +78,46 @@ void subtract_tile(const Accumulator<T>* s, Accumulator<T> decay, std::size_t le
   for (; i < len; ++i) {
     const Acc t = load_one<T, Acc>(x + i);
     store_one<T, Acc>(x + i, (t - s[i]) - decay * t);
+  }
+}
+
+// sum = x.
+template <typename T>
+void read_tile(const T* x, std::size_t len, Accumulator<T>* sum) {
+  using Acc = Accumulator<T>;
+  std::size_t i = 0;
+  for (; i + kLanes<Acc> <= len; i += kLanes<Acc>) store<Acc, Acc>(sum + i, load<T, Acc>(x + i));
+  for (; i < len; ++i) sum[i] = load_one<T, Acc>(x + i);
+}
+
+// What follows the noise in release_sum, for elements that begin `offset_bytes` into the rows.
+template <typename T>
+void finish_release(const Release& job, std::size_t offset_bytes, const Accumulator<T>* sum,
+                    std::size_t len) {
+  using Acc = Accumulator<T>;
+  const auto at = [&](std::uintptr_t row) { return reinterpret_cast<T*>(row + offset_bytes); };
+  const auto factor = static_cast<Acc>(job.factor), weight = static_cast<Acc>(job.weight);
+  const auto scale = static_cast<Acc>(job.scale);
+  std::size_t i = 0;
+  for (; i + kLanes<Acc> <= len; i += kLanes<Acc>) {
+    const Vec<Acc> u = factor * load<Acc, Acc>(sum + i);
+    Vec<Acc> y = weight * u;
+    for (const KeptRow& row : job.kept) {
+      y += static_cast<Acc>(row.coefficient) * load<T, Acc>(at(row.address) + i);
+    }
+    store<T, Acc>(at(job.out) + i, y);
+    if (job.raw != 0) store<T, Acc>(at(job.raw) + i, u);
+    if (job.x != 0) store<T, Acc>(at(job.x) + i, load<T, Acc>(at(job.x) + i) + scale * y);
+  }
+  for (; i < len; ++i) {
+    const Acc u = factor * sum[i];
+    Acc y = weight * u;
+    for (const KeptRow& row : job.kept) {
+      y += static_cast<Acc>(row.coefficient) * load_one<T, Acc>(at(row.address) + i);
+    }
+    store_one<T, Acc>(at(job.out) + i, y);
+    if (job.raw != 0) store_one<T, Acc>(at(job.raw) + i, u);
+    if (job.x != 0) store_one<T, Acc>(at(job.x) + i, load_one<T, Acc>(at(job.x) + i) + scale * y);
   }
 }
 
@@ -123,8 +179,6 @@ void add(const Piece& piece, Dtype dtype, const Direction& direction, double a) 
 
 void subtract(const Piece& piece, Dtype dtype, std::span<const ScaledDirection> terms,
               double decay) {
-  constexpr std::size_t kSpan = 8 * kTile;  // what one direction is set up for
-  alignas(64) float z[kTile];
   as_type(dtype, [&]<typename T>(T*) {
     T* x = reinterpret_cast<T*>(piece.address);
     using Acc = Accumulator<T>;
@@ -132,21 +186,31 @@ void subtract(const Piece& piece, Dtype dtype, std::span<const ScaledDirection> 
     for_tiles<kSpan>(piece.n, piece.begin,
                      [&](std::uint64_t first, std::size_t at, std::size_t skip, std::size_t len) {
                        std::memset(sum, 0, sizeof sum);
-                       for (const ScaledDirection& term : terms) {
-                         Draws draws(term.direction, piece.c1);
-                         const auto coefficient = static_cast<Acc>(term.coefficient);
-                         for (std::size_t k = 0; k < skip + len; k += kTile) {
-                           draws.tile(first + k, z);
-                           accumulate_tile(coefficient, z, sum + k);
-                         }
-                       }
+                       accumulate_span(terms, piece.c1, first, skip + len, sum);
                        subtract_tile(sum + skip, static_cast<Acc>(decay), len, x + at);
+                     });
+  });
+}
+
+void release(const Piece& piece, Dtype dtype, const Release& job) {
+  const std::size_t begin_bytes = piece.address - job.sum;
+  as_type(dtype, [&]<typename T>(T*) {
+    using Acc = Accumulator<T>;
+    alignas(64) Acc sum[kSpan];
+    for_tiles<kSpan>(piece.n, piece.begin,
+                     [&](std::uint64_t first, std::size_t at, std::size_t skip, std::size_t len) {
+                       const std::size_t offset_bytes = begin_bytes + at * sizeof(T);
+                       std::memset(sum, 0, sizeof sum);
+                       read_tile(reinterpret_cast<const T*>(job.sum + offset_bytes), len,
+                                 sum + skip);
+                       accumulate_span(job.noise, piece.c1, first, skip + len, sum);
+                       finish_release<T>(job, offset_bytes, sum + skip, len);
                      });
   });
 }
 
 }  // namespace
 
-extern const PhiloxKernels kPhiloxKernels{words, normals, fill, add, subtract};
+extern const PhiloxKernels kPhiloxKernels{words, normals, fill, add, subtract, release};
 
 }  // namespace gossamer::GOSSAMER_ISA

@@ -12,6 +12,7 @@ struct PhiloxKernels {
   void (*add)(const Piece& piece, Dtype dtype, const Direction& direction, double a);
   void (*subtract)(const Piece& piece, Dtype dtype, std::span<const ScaledDirection> terms,
                    double decay);
+  void (*release)(const Piece& piece, Dtype dtype, const Release& job);
 };
 
 namespace baseline {

@@ -23,4 +23,6 @@ void subtract_random_cuda(std::span<const Piece>, Dtype, std::span<const ScaledD
   refuse();
 }
 
+void release_sum_cuda(std::span<const Piece>, Dtype, const Release&, void*) { refuse(); }
+
 }  // namespace gossamer

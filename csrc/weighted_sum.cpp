@@ -1,6 +1,7 @@
 #include "weighted_sum.h"
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -16,6 +17,7 @@ constexpr std::size_t kCacheBytes = 384 << 10;    // what a block may use of a c
 constexpr std::size_t kMinBlockBytes = 2 << 10;   // shorter pieces of rows are read too slowly
 constexpr std::size_t kAlign = 64;                // blocks are whole cache lines in every dtype
 constexpr std::size_t kStreamBytes = 16 << 20;    // outputs larger than this go past the caches
+constexpr std::size_t kColumns = 4096;            // of a sum that stays in L1 while rows are added
 constexpr std::size_t kBytesPerThread = 4 << 20;  // starting a thread costs a fraction of this
 
 std::size_t threads_for(std::size_t work_bytes, std::size_t num_threads) {
@@ -74,6 +76,27 @@ void row_dot(const Rows& x, const Rows& y, std::size_t d, Dtype dtype, double* o
                out[r] = kernels().dot_row(x.row(r), y.row(r), d, dtype);
              }
            });
+}
+
+void add_rows(const Rows& g, std::span<const double> factors, std::uintptr_t out, std::size_t d,
+              Dtype dtype, std::size_t num_threads) {
+  constexpr std::size_t kTogether = 4;  // rows that are read side by side
+  std::vector<Term> terms;
+  for (std::size_t r = 0; r < g.count; ++r) {
+    if (factors[r] != 0) terms.push_back({g.row(r), factors[r]});
+  }
+  const std::size_t element_bytes = size_bytes(dtype);
+  num_threads = threads_for(terms.size() * d * element_bytes, num_threads);
+  for_each(ceil_div(d, kColumns), num_threads, [&](std::size_t i, std::size_t) {
+    const std::size_t begin = i * kColumns, len = std::min(kColumns, d - begin);
+    std::array<Term, kTogether + 1> some{Term{out, 1.0}};  // 1 * out is exact
+    for (std::size_t k = 0; k < terms.size(); k += kTogether) {
+      const std::size_t count = std::min(kTogether, terms.size() - k);
+      std::copy_n(terms.begin() + static_cast<std::ptrdiff_t>(k), count, some.begin() + 1);
+      kernels().sum_one({some.data(), count + 1}, begin, len, out + begin * element_bytes, dtype,
+                        false);
+    }
+  });
 }
 
 }  // namespace gossamer

@@ -60,4 +60,10 @@ void weighted_sum(const WeightedSum& job, std::size_t num_threads);
 void row_dot(const Rows& x, const Rows& y, std::size_t d, Dtype dtype, double* out,
              std::size_t num_threads);
 
+// out = out + factors[0] * g[0] + factors[1] * g[1] + ..., each product and sum rounded, one row of
+// d elements; rows whose factor is 0 are left out, whatever they hold. `out` is no row of g. Rows
+// of 16 bits are rounded on the way.
+void add_rows(const Rows& g, std::span<const double> factors, std::uintptr_t out, std::size_t d,
+              Dtype dtype, std::size_t num_threads);
+
 }  // namespace gossamer

@@ -12,7 +12,7 @@ The streams of ``runtime.random`` are keyed otherwise: no draw of theirs is a pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from gossamer.runtime import native
 from gossamer.runtime.native import Direction, Piece
 from gossamer.runtime.rows import RowLayout
 
-__all__ = ["Distribution", "Mask", "Probe", "direction_", "perturb_", "update_"]
+__all__ = ["Distribution", "Mask", "Probe", "direction_", "perturb_", "release_", "update_"]
 
 Distribution = Literal["normal", "rademacher", "uniform"]
 
@@ -190,6 +190,59 @@ def update_(
     """
     terms = [(_direction(seed, p.step, p.probe, distribution, mask), p.coefficient) for p in probes]
     return native.subtract_random(row, _pieces(row, layout, begin), terms, decay)
+
+
+def release_(
+    row: Tensor,
+    layout: RowLayout,
+    noise: Iterable[tuple[int, Probe]],
+    factor: float,
+    *,
+    weight: float = 1.0,
+    kept: Sequence[tuple[float, Tensor]] = (),
+    out: Tensor | None = None,
+    raw: Tensor | None = None,
+    step: tuple[float, Tensor] | None = None,
+) -> Tensor:
+    """Turn the sum in ``row`` into ``out = weight * u + sum of c * r``, u = factor * (row + noise).
+
+    One pass over the parameters, whatever the number of directions and kept rows (arXiv:1607.00133
+    with a linear filter behind the noise and a step along it). The bits are those of ``perturb_``
+    once for each direction and then ``combine``, in float32 and float64; 16-bit rows are rounded
+    less often. Padding stays as it is, in every row.
+
+    Args:
+        row: (d,) contiguous, float32, float64, bfloat16 or float16.
+        layout: of every row.
+        noise: pairs (seed, probe): normal directions and their coefficients.
+        factor: of the noisy sum.
+        weight: of that in ``out``.
+        kept: pairs (c, r), rows of the filter's past.
+        out: where to write, may be ``row`` or a kept one; None: ``row``.
+        raw: gets u, may be ``row`` or a kept one; None: u is not kept.
+        step: (scale, x): adds ``scale * out`` to x in the same pass.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: as ``direction_``; rows are not alike, or overlap in part.
+        RuntimeError: as ``direction_``.
+    """
+    terms = [
+        (_direction(seed, p.step, p.probe, "normal", None), p.coefficient) for seed, p in noise
+    ]
+    return native.release_sum(
+        row,
+        _pieces(row, layout, 0),
+        terms,
+        factor,
+        weight=weight,
+        kept=kept,
+        out=out,
+        raw=raw,
+        step=step,
+    )
 
 
 def _direction(seed: int, step: int, probe: int, distribution: str, mask: Mask | None) -> Direction:

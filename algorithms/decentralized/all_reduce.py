@@ -52,7 +52,11 @@ class AllReduce(Algorithm):
         self, comm: Communicator, oracle: Oracle, state: AllReduceState, batches: Batches
     ) -> Metrics:
         """One gradient, one all-reduce of d elements."""
-        estimate = oracle(state.x, batches[0])
-        mean = comm.all_reduce(estimate.grad, "mean").expand_as(state.x)
-        self.optimizer.update_(state.optimizer, state.x, mean, comm, estimate.mean_origin)
+        if comm.n == 1:  # its gradient is the mean, which then need not be written down
+            estimate = oracle.deferred(state.x, batches[0])
+            mean = estimate.grad
+        else:
+            estimate = oracle(state.x, batches[0])
+            mean = comm.all_reduce(estimate.grad, "mean").expand_as(state.x)
+        self.optimizer.apply_(state.optimizer, state.x, mean, comm, estimate.mean_origin)
         return {"loss": estimate.loss, **estimate.metrics}

@@ -87,8 +87,8 @@ class Choco(Algorithm):
         """One gradient, one compressed message to each neighbour."""
         x, sent = state.x, state.message
         arriving = None if sent is None else comm.neighbor_gather_async(sent)
-        estimate = oracle(x, batches[0])  # B: while the last step's message travels
-        self.optimizer.update_(state.optimizer, x, estimate.grad, comm, estimate.origin)
+        estimate = oracle.deferred(x, batches[0])  # B: while the last step's message travels
+        self.optimizer.apply_(state.optimizer, x, estimate.grad, comm, estimate.origin)
         if arriving is None:
             message = self._change(comm, oracle, state)
             self._hear(comm, oracle, state, comm.neighbor_gather(message), comm.step)

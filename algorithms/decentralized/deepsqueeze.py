@@ -71,8 +71,8 @@ class DeepSqueeze(Algorithm):
     ) -> Metrics:
         """One gradient, one compressed message to each neighbour."""
         x, e = state.x, state.e
-        estimate = oracle(x, batches[0])
-        self.optimizer.update_(state.optimizer, x, estimate.grad, comm, estimate.origin)
+        estimate = oracle.deferred(x, batches[0])
+        self.optimizer.apply_(state.optimizer, x, estimate.grad, comm, estimate.origin)
         v = combine([(1.0, x), (1.0, e)])
         q, heard = average_compressed(self.compressor, comm, oracle.layout, v)
         combine([(1.0, v), (-1.0, q)], out=e)

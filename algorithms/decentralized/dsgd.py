@@ -65,8 +65,8 @@ class DSGD(Algorithm):
         """One gradient, one exchange of d elements with each neighbour."""
         x = state.x
         if self.order == "atc":
-            estimate = oracle(x, batches[0])
-            self.optimizer.update_(state.optimizer, x, estimate.grad, comm, estimate.origin)
+            estimate = oracle.deferred(x, batches[0])
+            self.optimizer.apply_(state.optimizer, x, estimate.grad, comm, estimate.origin)
             comm.neighbor_average(x, out=x)
         else:
             mixing = comm.neighbor_average_async(x)

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Optimizer, Origin
+from gossamer.algorithms.protocols import PLAIN, Directions, Optimizer, Origin
+from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.rows import combine
 
 __all__ = ["SGD", "Momentum"]
@@ -28,6 +29,19 @@ class SGD(Optimizer):
     def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Return the gradient, decayed."""
         return _decayed(self.weight_decay, x, grad)
+
+    def apply_(
+        self,
+        state: None,
+        x: Tensor,
+        grad: Tensor | Directions,
+        comm: Communicator,
+        origin: Origin = PLAIN,
+    ) -> Tensor:
+        """``update_``; Directions are added to x as they are made, unless x decays."""
+        if isinstance(grad, Tensor) or self.weight_decay:
+            return super().apply_(state, x, grad, comm, origin)
+        return grad.add_to_(x, -self.rate(comm))
 
 
 @dataclass

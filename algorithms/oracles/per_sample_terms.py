@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gossamer.runtime.native import add_rows
+from gossamer.runtime.rows import row_dot
+
 __all__ = ["Dense", "Lookup", "Outer", "Term", "add_weighted", "squared_norms"]
 
 
@@ -49,9 +52,9 @@ class Outer:
 
         In float64: positions may cancel, and a norm that is too small is no bound.
         """
+        if self.a.shape[1] == 1:
+            return Dense(self.a).squares() * Dense(self.e).squares()
         a, e = self.a.double(), self.e.double()
-        if a.shape[1] == 1:
-            return a.square().sum((1, 2)) * e.square().sum((1, 2))
         return (a @ a.mT).mul_(e @ e.mT).sum((1, 2)).clamp_(min=0)
 
     def rounding(self) -> Tensor:
@@ -136,16 +139,21 @@ class Dense:
         return Dense(self.g * c, None if self.slack is None else self.slack * abs(c))
 
     def cleared(self, bad: Tensor) -> Dense:
-        """Return the term with the examples ``bad`` (m,) at zero."""
-        return Dense(_zeroed(self.g, bad), self.slack)
+        """Return the term: ``add_to_`` leaves out examples whose factor is 0."""
+        return self
 
     def dense(self, shape: torch.Size) -> Dense:
         """Return the term."""
         return Dense(self.g.reshape(-1, *shape), self.slack)
 
     def squares(self) -> Tensor:
-        """Return the squared norms, (m,)."""
-        return self.g.flatten(1).double().square().sum(1)
+        """Return the squared norms, (m,), reading each gradient once."""
+        g = self.rows()
+        return row_dot(g, g)[:, 0]
+
+    def rows(self) -> Tensor:
+        """Return the gradients as rows (m, size)."""
+        return self.g.reshape(len(self.g), self.g[0].numel()).contiguous()
 
     def rounding(self) -> Tensor:
         """Return bounds (m,) on what rounding may have added."""
@@ -153,7 +161,7 @@ class Dense:
 
     def add_to_(self, out: Tensor, factors: Tensor) -> None:
         """Add ``sum_i factors_i g_i`` to the parameter's gradient ``out``."""
-        out.view(-1).addmv_(self.g.flatten(1).mT, factors)
+        add_rows(out.view(-1), self.rows(), factors)
 
 
 Term = Outer | Lookup | Dense
@@ -203,17 +211,18 @@ def add_weighted(terms: Sequence[Term], factors: Tensor, bad: Tensor, out: Tenso
         bad: (m,) bool, examples that count as zero: 0 times NaN would be NaN.
         out: the parameter's gradient.
     """
+    factors = factors.to(out.dtype).masked_fill(bad, 0)
     for term in terms:
         clean = term.cleared(bad) if bad.any() else term
-        clean.add_to_(out, factors.to(out.dtype))
+        clean.add_to_(out, factors)
 
 
 def _total(terms: Sequence[Dense]) -> Dense:
     """Return the sum of terms, with what its rounding may add."""
-    g = torch.stack([term.g for term in terms]).sum(0)
+    g = sum((term.g for term in terms[1:]), terms[0].g)
     slack = torch.stack([term.rounding() for term in terms]).sum(0)
     if len(terms) > 1:
-        norms = torch.stack([term.g.flatten(1).norm(dim=1) for term in terms]).sum(0)
+        norms = torch.stack([term.rows().norm(dim=1) for term in terms]).sum(0)
         slack = slack + norms * (len(terms) * torch.finfo(g.dtype).eps)
     return Dense(g, slack)
 

@@ -20,6 +20,7 @@ from gossamer.algorithms.privacy.noise import SecretNoise
 from gossamer.algorithms.problems import RankBatches
 from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
 from gossamer.runtime.component import Component
+from gossamer.runtime.perturb import Probe
 from gossamer.runtime.rows import empty_rows
 
 __all__ = ["CorrelatedNoise", "Correlation"]
@@ -123,6 +124,13 @@ class CorrelatedNoise:
         noise = self._stream.correlate_(self._z)
         combine([(1.0, rows), (1.0, noise)], out=rows)
         self._place[:, 0] += 1
+
+    def pending(
+        self, rows: Tensor, layout: RowLayout, release: int, scales: Sequence[float]
+    ) -> list[list[tuple[int, Probe]]]:
+        """Add all of it now: the next releases need the row of noise by itself."""
+        self.add_(rows, layout, release, scales)
+        return [[] for _ in scales]
 
     def variances(self, total: float, sizes: Sequence[float]) -> tuple[list[float], float]:
         """As the source, times the squared norm of the last release's row of K^-1."""

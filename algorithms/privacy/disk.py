@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gossamer.algorithms.privacy.filtering import GradientFilter
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Estimate, Sink
+from gossamer.algorithms.protocols import Estimate
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as weighted
 
@@ -104,55 +104,50 @@ class Disk(GradientFilter):
         oldest = rows + keep ** np.arange(1, len(rows) + 1) * noise[0]
         return np.asarray(np.cumsum(rows**2) - rows**2 + oldest**2)
 
-    def __call__(
+    def deferred(
         self,
         x: Tensor,
         batch: RankBatches,
         *,
         combine: Sequence[tuple[float, Tensor]] | None = None,
-        sink: Sink | None = None,
     ) -> Estimate:
-        """Return the filtered gradient; its row is reused, and read at the next call.
+        """Return the filtered gradient, maybe not written down yet.
 
         Where the inner oracle says only now that its gradients come from another source, this one
         stands for g_0 although it looked ahead; what that adds fades with the old displacement.
 
         Raises:
-            ConfigError: the caller combines points itself, or takes slices.
+            ConfigError: the caller combines points itself.
         """
-        self._refuse(sink)
         if combine is not None:
             raise ConfigError(
                 "oracle: disk evaluates two points of its own and cannot combine those of this "
                 "algorithm (gt-hsgd does); use doppler, or another algorithm"
             )
         if not self._rows:
-            return self.inner(x, batch)
+            return self.inner.deferred(x, batch)
         (gradient,), (point,) = self._rows["gradient"], self._rows["point"]
         estimate = self._observe(x, batch, point)
         if estimate.origin.restart or estimate.mean_origin.restart:
             self._forget()
         t = self._t
-        if t == 0:
-            gradient.copy_(estimate.grad)
-        else:
-            kappa = self.kappa
-            weighted([(1 - kappa, gradient), (kappa, estimate.grad)], out=gradient)
+        kappa, past = self.kappa, [(1 - self.kappa, gradient)]
+        grad = self._combined(estimate.grad, kappa if t else 1.0, past if t else [], gradient)
         point.copy_(x)
         self._calls += 1
-        return self._filtered(estimate, gradient, self._gain(t, self.variance_gain(t)))
+        return self._filtered(estimate, grad, self._gain(t, self.variance_gain(t)))
 
     def _observe(self, x: Tensor, batch: RankBatches, point: Tensor) -> Estimate:
         """Return the inner estimate of h; ``point`` goes from x_{t-1} to x_t + gamma d."""
         if self._t == 0:
-            return self.inner(x, batch)
+            return self.inner.deferred(x, batch)
         # Not (1 + gamma) x - gamma x_{t-1}, whose rounding is of the size of d for small steps.
         weighted([(1.0, x), (-1.0, point)], out=point)
         weighted([(1.0, x), (self.look_ahead, point)], out=point)
         if self.evaluations == 1:
-            return self.inner(point, batch)
+            return self.inner.deferred(point, batch)
         c = self.weight
-        return self.inner(x, batch, combine=[(c, point), (1 - c, x)])
+        return self.inner.deferred(x, batch, combine=[(c, point), (1 - c, x)])
 
     def statement(self) -> dict[str, Any]:
         """Add the filter and its variance gain."""

@@ -22,9 +22,8 @@ from gossamer.algorithms.privacy.filters import (
     none,
 )
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Estimate, Sink
+from gossamer.algorithms.protocols import Estimate
 from gossamer.runtime import Communicator, ConfigError
-from gossamer.runtime import combine as weighted
 
 __all__ = ["Doppler"]
 
@@ -170,20 +169,15 @@ class Doppler(GradientFilter):
         a, b = self._coefficients.a, self._coefficients.b
         return {"inputs": len(b) - 1, "outputs": max(1, len(a))}
 
-    def __call__(
+    def deferred(
         self,
         x: Tensor,
         batch: RankBatches,
         *,
         combine: Sequence[tuple[float, Tensor]] | None = None,
-        sink: Sink | None = None,
     ) -> Estimate:
-        """Return the inner estimate with its gradient filtered; that row is reused.
-
-        It is former output of later calls: whoever takes it keeps it.
-        """
-        self._refuse(sink)
-        estimate = self.inner(x, batch, combine=combine)
+        """Return the inner estimate with its gradient filtered, maybe not written down yet."""
+        estimate = self.inner.deferred(x, batch, combine=combine)
         if not self._rows:
             return estimate
         if estimate.origin.restart or estimate.mean_origin.restart:
@@ -192,22 +186,21 @@ class Doppler(GradientFilter):
         gain = self._gain(t, self._response.advance())
         inputs, outputs = self._rows["inputs"], self._rows["outputs"]
         output = outputs[t % len(outputs)]
-        weighted(self._terms(t, estimate.grad), out=output)
-        if inputs:
-            inputs[t % len(inputs)].copy_(estimate.grad)
+        newest = inputs[t % len(inputs)] if inputs else None
+        weight = self._coefficients.b[0] / self._response.c[0]
+        grad = self._combined(estimate.grad, weight, self._past(t), output, newest)
         self._calls += 1
-        return self._filtered(estimate, output, gain)
+        return self._filtered(estimate, grad, gain)
 
-    def _terms(self, t: int, grad: Tensor) -> list[tuple[float, Tensor]]:
-        """Return m_t / c_t as a sum over kept rows.
+    def _past(self, t: int) -> list[tuple[float, Tensor]]:
+        """Return m_t / c_t without the newest gradient, as a sum over kept rows.
 
         Outputs are kept divided, y = m / c, which saves a row and a pass: m_{t-k} = c_{t-k}
         y_{t-k}.
         """
         a, b, c = self._coefficients.a, self._coefficients.b, self._response.c
         inputs, outputs = self._rows["inputs"], self._rows["outputs"]
-        terms = [(b[0] / c[0], grad)]
-        terms += [(b[k] / c[0], inputs[(t - k) % len(inputs)]) for k in range(1, len(b)) if k <= t]
+        terms = [(b[k] / c[0], inputs[(t - k) % len(inputs)]) for k in range(1, len(b)) if k <= t]
         terms += [
             (-a[k - 1] * c[k] / c[0], outputs[(t - k) % len(outputs)])
             for k in range(1, len(a) + 1)

@@ -20,6 +20,7 @@ from gossamer.algorithms.privacy.correlated_noise import CorrelatedNoise, Correl
 from gossamer.algorithms.privacy.ledger import Ledger
 from gossamer.algorithms.privacy.noise import NoiseMode, SecretNoise
 from gossamer.algorithms.privacy.pairwise import PairwiseNoise
+from gossamer.algorithms.privacy.release import Release
 from gossamer.algorithms.privacy.sampling_plan import SamplingPlan, require_countable
 from gossamer.algorithms.privacy.statement import PrivacyStatement
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
@@ -32,7 +33,7 @@ from gossamer.algorithms.protocols import (
     Sink,
     TrainingFigures,
 )
-from gossamer.runtime import Communicator, ConfigError, combine
+from gossamer.runtime import Communicator, ConfigError
 
 __all__ = ["DP"]
 
@@ -249,7 +250,21 @@ class DP(OracleWrapper):
         sink: Sink | None = None,
     ) -> Estimate:
         """Release one noisy sum over each rank's batch, over its expected size."""
-        self._check_release(batch, sink)
+        if sink is not None:
+            raise ConfigError(
+                "oracle: dp needs whole gradients to bound them; no per-layer updates"
+            )
+        return self.deferred(x, batch, combine=combine).dense()
+
+    def deferred(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+    ) -> Estimate:
+        """Release the same, not written down yet."""
+        self._check_release(batch)
         if isinstance(self._clip, AdaptiveClip):
             return self._adaptive(x, batch, combine)
         return self._release(x, batch, combine, self._ledger.sigma)
@@ -261,14 +276,14 @@ class DP(OracleWrapper):
         points: Sequence[tuple[float, Tensor]] | None,
         sigma: float,
     ) -> Estimate:
-        layout, bound = self.inner.layout, self._clip.sensitivity
+        comm, layout, bound = self._comm, self.inner.layout, self._clip.sensitivity
         secret_of = self._noise.coin_seed
         found = self.inner.clipped(x, batch, self._clip, combine=points, secret_of=secret_of)
         scales = self._noise.scales(sigma * bound)
-        self._noise.add_(found.grad, layout, self._ledger.releases, scales)
+        noise = self._noise.pending(found.grad, layout, self._ledger.releases, scales)
         self._ledger.count()
-        factors = torch.tensor([[1 / size] for size in self._expected], dtype=torch.float64)
-        grad = combine([(factors, found.grad)], out=found.grad)
+        factors = [1 / size for size in self._expected]
+        grad = Release(comm, layout, found.grad, noise, factors, out=found.grad)
         # What the optimizer may know: the variance in a row, and in the mean of all.
         rows, mean = self._noise.variances(sigma * bound, self._sizes)
         alike = len(set(rows)) == 1
@@ -306,11 +321,7 @@ class DP(OracleWrapper):
         self._clip.move(float(total), expected)
         return estimate
 
-    def _check_release(self, batch: RankBatches, sink: Sink | None) -> None:
-        if sink is not None:
-            raise ConfigError(
-                "oracle: dp needs whole gradients to bound them; no per-layer updates"
-            )
+    def _check_release(self, batch: RankBatches) -> None:
         if batch is self._last and min(self._ledger.rates) < 1:
             raise ConfigError(
                 "oracle: the algorithm takes two gradients of one batch, which the privacy of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,11 @@ from pydantic import PrivateAttr, field_validator
 from torch import Tensor
 
 from gossamer.algorithms.privacy.correlated import inverse_coefficients
-from gossamer.algorithms.problems import DataPlan, Problem
-from gossamer.algorithms.protocols import Estimate, Oracle, OracleWrapper, Sink
+from gossamer.algorithms.privacy.release import Release
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import Directions, Estimate, Oracle, OracleWrapper, Sink
 from gossamer.runtime import Communicator, ConfigError
+from gossamer.runtime import combine as weighted
 from gossamer.runtime.rows import empty_rows
 from gossamer.runtime.state import flatten, restore
 
@@ -123,7 +126,45 @@ class GradientFilter(OracleWrapper):
                 f"take {self.name} out, or use an optimizer that takes whole rows"
             )
 
-    def _filtered(self, estimate: Estimate, grad: Tensor, gain: float) -> Estimate:
+    def __call__(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+        sink: Sink | None = None,
+    ) -> Estimate:
+        """Return the inner estimate with its gradient filtered; that row is reused.
+
+        It is former output of later calls: whoever takes it keeps it.
+
+        Raises:
+            ConfigError: the caller takes slices.
+        """
+        self._refuse(sink)
+        return self.deferred(x, batch, combine=combine).dense()
+
+    @staticmethod
+    def _combined(
+        grad: Tensor | Directions,
+        weight: float,
+        kept: Sequence[tuple[float, Tensor]],
+        out: Tensor,
+        raw: Tensor | None = None,
+    ) -> Tensor | Directions:
+        """Write ``weight * grad`` plus kept rows to ``out``, and ``grad`` to ``raw``, now or then.
+
+        ``out`` and ``raw`` may be kept rows.
+        """
+        if isinstance(grad, Release):
+            return grad.filtered(weight, kept, out, raw)
+        rows = grad if isinstance(grad, Tensor) else grad.dense()
+        weighted([(weight, rows), *kept], out=out)
+        if raw is not None:
+            raw.copy_(rows)
+        return out
+
+    def _filtered(self, estimate: Estimate, grad: Tensor | Directions, gain: float) -> Estimate:
         """Return the estimate with another gradient, its noise variance times ``gain``."""
         return replace(
             estimate,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from gossamer.runtime import Communicator, ConfigError, RowLayout
-from gossamer.runtime.perturb import direction_, perturb_
+from gossamer.runtime.perturb import Probe, direction_, perturb_
 from gossamer.runtime.random import Stream
 
-__all__ = ["NoiseMode", "SecretNoise", "add_normal_", "secret_key"]
+__all__ = ["NoiseMode", "SecretNoise", "normal_terms", "secret_key"]
 
 NoiseMode = Literal["split", "rank0", "replicated", "local", "pairwise"]
 
@@ -88,9 +88,19 @@ class SecretNoise:
             release: a number that no other release has.
             scales: per hosted rank, the standard deviation in its row; 0 adds nothing.
         """
-        for i, scale in enumerate(scales):
-            if scale > 0:
-                add_normal_(rows[i], layout, self._seed(i), release, scale)
+        for row, terms in zip(rows, self.terms(release, scales), strict=True):
+            for seed, term in terms:
+                perturb_(row, layout, seed, term.step, term.probe, term.coefficient)
+
+    def terms(self, release: int, scales: Sequence[float]) -> list[list[tuple[int, Probe]]]:
+        """Return what ``add_`` adds: per hosted rank directions, with their seeds."""
+        return [normal_terms(self._seed(i), release, scale) for i, scale in enumerate(scales)]
+
+    def pending(
+        self, rows: Tensor, layout: RowLayout, release: int, scales: Sequence[float]
+    ) -> list[list[tuple[int, Probe]]]:
+        """Add to ``rows`` what cannot wait, and return the rest of the noise as ``terms``."""
+        return self.terms(release, scales)
 
     def scalar(self, release: int) -> float:
         """Return one standard normal of rank 0's, beside the noise number ``release``."""
@@ -141,10 +151,10 @@ class SecretNoise:
         return int.from_bytes(hashlib.sha256(values).digest()[:8], "little", signed=True)
 
 
-def add_normal_(row: Tensor, layout: RowLayout, seed: int, release: int, scale: float) -> None:
-    """Add ``scale`` times the standard normals (seed, release) to ``row`` (d,)."""
-    for part in range(_PARTS):
-        perturb_(row, layout, seed, release, part, scale / math.sqrt(_PARTS))
+def normal_terms(seed: int, release: int, scale: float) -> list[tuple[int, Probe]]:
+    """Return ``scale`` times the standard normals (seed, release): directions with their seed."""
+    share = scale / math.sqrt(_PARTS)
+    return [(seed, Probe(release, part, share)) for part in range(_PARTS)] if scale else []
 
 
 def secret_key(noise_seed: int | None, name: str, rank: int) -> int:

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.algorithms.privacy.noise import SecretNoise, add_normal_, secret_key
+from gossamer.algorithms.privacy.noise import SecretNoise, normal_terms, secret_key
 from gossamer.runtime import Communicator, ConfigError, RowLayout
+from gossamer.runtime.perturb import Probe
 from gossamer.topologies import Topology
 
 __all__ = ["PairwiseNoise", "alone_multipliers", "partners"]
@@ -161,12 +162,13 @@ class PairwiseNoise(SecretNoise):
             for k, peer in enumerate(self.pairs[rank]):
                 yield i, k, rank, peer
 
-    def add_(self, rows: Tensor, layout: RowLayout, release: int, scales: Sequence[float]) -> None:
-        """Add own noise of ``scales`` to the hosted rows (local, d), and what partners share."""
-        super().add_(rows, layout, release, scales)
+    def terms(self, release: int, scales: Sequence[float]) -> list[list[tuple[int, Probe]]]:
+        """Return own noise of ``scales``, and what partners share."""
+        found = super().terms(release, scales)
         for i, k, rank, peer in self._hosted_pairs():
             scale = self._shared * self.shares[rank] * (1.0 if rank < peer else -1.0)
-            add_normal_(rows[i], layout, int(self.pair_keys[i, k]), release, scale)
+            found[i] += normal_terms(int(self.pair_keys[i, k]), release, scale)
+        return found
 
     def variances(self, total: float, sizes: Sequence[float]) -> tuple[list[float], float]:
         """Return the variance in each hosted row, shared noise included, and in the mean."""

@@ -229,6 +229,67 @@ def random(
 
 
 @app.command()
+def private(
+    min_bytes: MinBytes = "64K",
+    max_bytes: MaxBytes = "64M",
+    factor: Factor = 32,
+    iters: Iters = 15,
+    warmup: Warmup = 2,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    as_json: Json = False,
+) -> int:
+    """Norms, sums, noise, filter and update of a private step on one core, against plain torch."""
+    from rich.console import Console
+
+    from gossamer.launch.bench.measure import Options, parse_bytes, print_rows, text, text_spread
+    from gossamer.launch.bench.private import LEGEND, examples
+    from gossamer.launch.bench.private import private as measure
+
+    options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
+    with Console(stderr=True).status("drawing"):
+        rows, summed = measure(options), examples(options)
+    print_rows(
+        rows,
+        {
+            "bytes": text("bytes"),
+            "fused (p10-p90)": text_spread("fused_ns", 1),
+            "unfused (p10-p90)": text_spread("unfused_ns", 1),
+            "/ fused": text("unfused_ratio", "{:.2f}"),
+            "torch, 4 (p10-p90)": text_spread("torch_four_ns", 1),
+            "/ fused ": text("torch_four_ratio", "{:.2f}"),
+            "torch, 1": text("torch_one_ns", "{:.1f}"),
+            "/ fused  ": text("torch_one_ratio", "{:.2f}"),
+            "normals": text("normals_ns", "{:.1f}"),
+            "rest": text("rest_ns", "{:.2f}"),
+            "limit": text("limit_ns", "{:.2f}"),
+            "its share": text("rest_share", "{:.0%}"),
+        },
+        title="private",
+        as_json=as_json,
+        extra={"examples": summed},
+    )
+    if not as_json:
+        print_rows(
+            summed,
+            {
+                "bytes": text("bytes"),
+                "norms (p10-p90)": text_spread("norms_ns", 2),
+                "torch (p10-p90)": text_spread("torch_norms_ns", 2),
+                "/ norms": text("norms_ratio", "{:.1f}"),
+                "sum (p10-p90)": text_spread("sum_ns", 2),
+                "torch  (p10-p90)": text_spread("torch_sum_ns", 2),
+                "/ sum": text("torch_sum_ratio", "{:.1f}"),
+                "gemv": text("blas_sum_ns", "{:.2f}"),
+                "/ sum ": text("blas_sum_ratio", "{:.2f}"),
+            },
+            title="64 examples",
+            as_json=False,
+        )
+        typer.echo(LEGEND)
+    return 0
+
+
+@app.command()
 def device(
     ranks: Annotated[int, typer.Option(min=0, help="Processes; 0: the kernel alone.")] = 4,
     graph: Annotated[str, typer.Option(help="Topology by name.")] = "ring",

@@ -21,10 +21,18 @@ from gossamer.runtime.native.draws import (
     fill_word_rows,
     fill_words,
     normals_of_words,
+    release_sum,
     subtract_random,
     words_,
 )
-from gossamer.runtime.native.sums import Terms, combine, row_dot, triad, weighted_sum
+from gossamer.runtime.native.sums import (
+    Terms,
+    add_rows,
+    combine,
+    row_dot,
+    triad,
+    weighted_sum,
+)
 
 __all__ = [
     "ALIGNMENT",
@@ -38,6 +46,7 @@ __all__ = [
     "Piece",
     "Terms",
     "add_random",
+    "add_rows",
     "build_info",
     "combine",
     "fill",
@@ -46,6 +55,7 @@ __all__ = [
     "fill_words",
     "normals_of_words",
     "num_threads",
+    "release_sum",
     "row_dot",
     "subtract_random",
     "triad",

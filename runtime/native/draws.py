@@ -21,6 +21,7 @@ __all__ = [
     "fill_word_rows",
     "fill_words",
     "normals_of_words",
+    "release_sum",
     "subtract_random",
     "words_",
 ]
@@ -199,6 +200,81 @@ def subtract_random(
     else:
         _C.subtract_random(found, code, codes, decay, num_threads())
     return row
+
+
+def release_sum(
+    row: Tensor,
+    pieces: Iterable[Piece],
+    noise: Iterable[tuple[Direction, float]],
+    factor: float,
+    *,
+    weight: float = 1.0,
+    kept: Sequence[tuple[float, Tensor]] = (),
+    out: Tensor | None = None,
+    raw: Tensor | None = None,
+    step: tuple[float, Tensor] | None = None,
+) -> Tensor:
+    """Add noise to a sum, scale, filter and step, reading and writing each row once.
+
+    ``s = fma(coefficient, z, s)`` from the row's elements, for each direction in order; ``u =
+    factor * s``; ``y = weight * u``, plus ``c * r`` for each kept row r in order; then u goes to
+    ``raw``, y to ``out``, and ``x + scale * y`` to x. Each operation is rounded, so in float32 and
+    float64 the bits are those of ``add_random`` and ``combine`` one after another; 16-bit rows are
+    rounded from float32 when they are stored, and only then. Otherwise as ``add_random``.
+
+    Args:
+        row: (m,) contiguous, float32, float64, bfloat16 or float16; kept unless it is written too.
+        pieces: what to read and write, of every row; they do not overlap.
+        noise: pairs (direction, coefficient).
+        factor: of the noisy sum.
+        weight: of that in ``out``.
+        kept: pairs (c, r) with r like ``row``.
+        out: like ``row``, may be any row that is read; None: ``row``.
+        raw: likewise; None: u is not kept.
+        step: (scale, x) with x like ``row``.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: as ``fill_random``; rows are not alike; what is written overlaps in part what is
+            read, or at all what else is written.
+        RuntimeError: as ``fill_random``.
+    """
+    found, code = _pieces("release_sum", row, pieces)
+    terms = [(direction._code(), coefficient) for direction, coefficient in noise]
+    out = row if out is None else out
+    scale, x = step if step is not None else (0.0, None)
+    written = [t for t in (out, raw, x) if t is not None]
+    _check_rows("release_sum", row, written, [r for _, r in kept])
+    past = [(r.data_ptr(), c) for c, r in kept]
+    at = (out.data_ptr(), 0 if raw is None else raw.data_ptr(), 0 if x is None else x.data_ptr())
+    job = (found, code, row.data_ptr(), terms, factor, weight, past, *at, scale)
+    if row.is_cuda:
+        with torch.cuda.device(row.device):
+            _C.release_sum_cuda(*job, stream_of(row))
+    else:
+        _C.release_sum(*job, num_threads())
+    return out
+
+
+def _check_rows(name: str, row: Tensor, written: list[Tensor], read: list[Tensor]) -> None:
+    """Refuse rows unlike ``row``, and overlaps that no order of reading and writing allows."""
+    for r in (*written, *read):
+        if r.shape != row.shape or r.dtype != row.dtype or r.device != row.device:
+            raise ValueError(
+                f"{name}: rows must be {tuple(row.shape)} {row.dtype} on {row.device}, got "
+                f"{tuple(r.shape)} {r.dtype} on {r.device}"
+            )
+        if not r.is_contiguous():
+            raise ValueError(f"{name}: rows must be contiguous, got strides {r.stride()}")
+    places = [r.data_ptr() for r in written]
+    for k, place in enumerate(places):
+        for other in (row.data_ptr(), *places, *(r.data_ptr() for r in read)):
+            if place != other and abs(place - other) < row.nbytes:
+                raise ValueError(f"{name}: a row that is written overlaps another in part")
+        if place in places[:k]:
+            raise ValueError(f"{name}: two results would be written to one row")
 
 
 def normals_of_words(words: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer.runtime.native.compiled import _C, DTYPES, num_threads, stream_of
 
-__all__ = ["Terms", "combine", "row_dot", "triad", "weighted_sum"]
+__all__ = ["Terms", "add_rows", "combine", "row_dot", "triad", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,59 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
     b = _rows("row_dot: y", y, x)
     if x.dtype not in DTYPES or x.shape != y.shape:
         raise ValueError(f"row_dot: {tuple(x.shape)} {x.dtype} with {tuple(y.shape)}")
+    out = torch.empty(x.shape[0], 1, dtype=torch.float64, device=x.device)
+    if x.is_cuda and _C.built_with_cuda():
+        with torch.cuda.device(x.device):
+            _C.row_dot_cuda(a, b, x.shape[1], DTYPES[x.dtype], out.data_ptr(), stream_of(x))
+        return out
     if not x.is_cpu:
         with torch.no_grad():
             return (x.double() * y.double()).sum(dim=1, keepdim=True)
-    out = torch.empty(x.shape[0], 1, dtype=torch.float64)
     _C.row_dot(a, b, x.shape[1], DTYPES[x.dtype], out.data_ptr(), num_threads())
+    return out
+
+
+def add_rows(out: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+    """Add ``sum_r factors[r] * g[r]`` to ``out``, reading each row once; nothing is allocated.
+
+    Rows are added in order, products and sums rounded separately, in float32 or float64, so the
+    bits are the same on every machine and on a GPU. Rows whose factor is 0 are left out, whatever
+    they hold: infinities do not become NaN.
+
+    Args:
+        out: (d,) contiguous, float32 or float64; overlaps no row of ``g``.
+        g: (m, d), rows contiguous, dtype and device as ``out``.
+        factors: (m,), on the same device.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or memory layouts do not fit.
+    """
+    if out.dtype not in (torch.float32, torch.float64) or out.dim() != 1 or not out.is_contiguous():
+        raise ValueError(
+            "add_rows: out must be (d,) contiguous float32 or float64, got "
+            f"{tuple(out.shape)} {out.dtype} with strides {out.stride()}"
+        )
+    like = out[None]
+    rows, code, place = _rows("add_rows: g", g, like), DTYPES[out.dtype], out.data_ptr()
+    if factors.shape != g.shape[:1] or factors.device != g.device:
+        raise ValueError(
+            f"add_rows: factors are {tuple(factors.shape)} on {factors.device}, must be "
+            f"({len(g)},) on {g.device}"
+        )
+    if _meet(rows, (place, 1, 0), like):
+        raise ValueError("add_rows: out must be no row of g")
+    wide = factors.to(torch.float64).contiguous()
+    if out.is_cpu:
+        _C.add_rows(rows, wide.data_ptr(), place, len(out), code, num_threads())
+    elif out.is_cuda and _C.built_with_cuda():
+        with torch.cuda.device(out.device):
+            _C.add_rows_cuda(rows, wide.data_ptr(), place, len(out), code, stream_of(out))
+    else:
+        used = wide != 0
+        out.addmv_(g[used].mT, wide[used].to(out.dtype))
     return out
 
 

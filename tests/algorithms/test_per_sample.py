@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
+from gossamer.algorithms.oracles.per_sample_terms import Dense, add_weighted, squared_norms
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import ConfigError, RowLayout
@@ -314,3 +315,14 @@ def test_gpt2_is_tapped_and_agrees():
     torch.testing.assert_close(clip.squares.sum(1), each.square().sum(1), rtol=1e-6, atol=0)
     factors = clip.factors(clip.squares)
     torch.testing.assert_close(total, (factors * each).sum(0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_parameter_of_one_number_has_norms_and_a_sum_too():
+    terms = [Dense(torch.tensor([3.0, torch.inf, 4.0])), Dense(torch.tensor([-1.0, 0.0, 1.0]))]
+    squares, merged = squared_norms(terms, torch.Size([]))
+    expected = torch.tensor([4.0, 25.0], dtype=torch.float64)
+    torch.testing.assert_close(squares[[0, 2]], expected, rtol=1e-5, atol=0)  # with the slack
+    bad, out = ~torch.isfinite(squares), torch.tensor(1.0)
+    add_weighted(merged, torch.tensor([0.5, 1.0, 2.0]), bad, out)
+    assert bad.tolist() == [False, True, False]
+    assert out.item() == 1 + 0.5 * 2 + 2.0 * 5

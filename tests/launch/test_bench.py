@@ -210,6 +210,20 @@ def test_random_checks_and_times_all_ways(dtype):
         assert row["rademacher_share"] == pytest.approx(row["copy_ns"] / row["rademacher_ns"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_private_checks_and_times_all_ways(dtype):
+    arguments = ("--min-bytes=8", "--max-bytes=4K", "--factor=512", "--iters=2", f"--dtype={dtype}")
+    status, out, err = bench("private", *arguments, "--json")
+    assert status == 0, err
+    document = json.loads(out)
+    rows = document["rows"]
+    assert [row["examples"] for row in document["examples"]] == [64, 64]
+    assert [(row["dtype"], row["bytes"]) for row in rows] == [(dtype, 8), (dtype, 4096)]
+    for row in rows:
+        assert row["unfused_ratio"] == pytest.approx(row["unfused_ns"] / row["fused_ns"])
+        assert row["rest_share"] == pytest.approx(row["limit_ns"] / row["rest_ns"])
+
+
 def test_what_must_move_counts_rows_read_and_written():
     ring, directed = build("ring", 4).round(0), build("directed_ring", 4).round(0)
     assert bytes_to_move("average", 4, ring, 10) == (4 * (2 + 2) * 10, 2 * 4 * 10)
@@ -226,6 +240,7 @@ def test_what_must_move_counts_rows_read_and_written():
         (["collectives", "--dtypes=int8"], "--dtype: unknown dtype 'int8'"),
         (["simulate", "--graphs=rign"], "rign"),
         (["simulate", "--min-bytes=many"], "'many' is not a size"),
+        (["private", "--dtype=bfloat16"], "--dtype: 'bfloat16' has no private sums"),
     ],
 )
 def test_bad_arguments_end_with_status_2_and_say_why(arguments, message):
