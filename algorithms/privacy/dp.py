@@ -251,7 +251,8 @@ class DP(OracleWrapper):
         self._noise.add_(found.grad, layout, self._ledger.releases, scales)
         self._ledger.count()
         factors = torch.tensor([[1 / size] for size in self._expected], dtype=torch.float64)
-        grad = combine([(factors, found.grad)], out=found.grad)
+        # In float32 up to here; rows of half precision take what is released already.
+        grad = combine([(factors, found.grad)], out=found.grad).to(layout.dtype)
         # What the optimizer may know: sigma C / B, in a row (the noisiest) and in the mean of all.
         n, whole = comm.n, [(sigma * bound / size) ** 2 for size in self._sizes]
         if self._mode == "local":
