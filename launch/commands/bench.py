@@ -183,6 +183,57 @@ def ddp(
 
 
 @app.command()
+def private(
+    ranks: Annotated[str, typer.Option(help="Numbers of processes, by commas.")] = "1,4",
+    models: Annotated[str, typer.Option(help="transformer, cnn, by commas.")] = "transformer,cnn",
+    batch: Annotated[int, typer.Option(min=2, help="Examples per rank and step.")] = 32,
+    width: Annotated[int, typer.Option(min=8, help="Of the transformer; a multiple of 4.")] = 256,
+    layers: Annotated[int, typer.Option(min=1, help="Of the transformer.")] = 2,
+    context: Annotated[int, typer.Option(min=2, help="Its tokens.")] = 64,
+    iters: Iters = 11,
+    warmup: Warmup = 2,
+    as_json: Json = False,
+) -> int:
+    """A private step beside Opacus' (materialised, ghost) and a plain one: time and memory.
+
+    Same model, batch, clipping norm and sigma. Needs the extra 'privacy'.
+    """
+    from rich.console import Console
+
+    from gossamer.launch.bench.measure import print_rows, text, text_spread
+    from gossamer.launch.bench.private import PrivateRequest, aims, parse_models
+    from gossamer.launch.bench.private import private as measure
+
+    chosen = parse_models(models, batch, width, layers, context)
+    request = PrivateRequest(_integers("--ranks", ranks, 1), chosen, iters, warmup)
+    with Console(stderr=True).status("") as status:
+        rows = measure(request, status.update)
+    held = aims(rows)
+    print_rows(
+        rows,
+        {
+            "model": text("model"),
+            "n": text("ranks"),
+            "parameters": text("parameters", "{:,}"),
+            "way": text("way"),
+            "step ms (p10-p90)": text_spread("step_ms", 1),
+            "/ plain": text("plain_ratio", "{:.2f}"),
+            "/ dp": text("dp_ratio", "{:.2f}"),
+            "CPU ms": text("cpu_ms", "{:.1f}"),
+            "memory MiB": text("memory_mib", "{:.0f}"),
+        },
+        title="private",
+        as_json=as_json,
+        extra={"aims": [{**aim._asdict(), "met": aim.is_met} for aim in held]},
+    )
+    if not as_json:
+        for aim in held:
+            verdict = "met" if aim.is_met else "MISSED"
+            typer.echo(f"{verdict:>6}: {aim.name} {aim.figure:.2f}, aim {aim.bound:g}")
+    return 0
+
+
+@app.command()
 def random(
     min_bytes: MinBytes = "64K",
     max_bytes: MaxBytes = "64M",
