@@ -1,4 +1,4 @@
-"""gossamer analyze improvement: what a private step gains, and what it costs."""
+"""gossamer analyze: what a private step gains and costs, and what it reveals at least."""
 
 from __future__ import annotations
 
@@ -20,11 +20,6 @@ app = typer.Typer(
 )
 
 _ROWS = 9
-
-
-@app.callback()
-def _verbs() -> None:
-    """Keep ``improvement`` a verb of its own, though it is the only one."""
 
 
 @app.command()
@@ -61,6 +56,39 @@ def improvement(
         typer.echo(json.dumps(_as_json(found.terms, found.budget, found.advice, found.source)))
     else:
         _print(found.terms, found.budget, found.advice, found.source)
+
+
+@app.command()
+def audit(
+    file: Annotated[Path, typer.Argument(help="YAML of a run whose oracle holds dp.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("-s", "--set", metavar="KEY=VALUE", help="Override a field of the file."),
+    ] = None,
+    canaries: Annotated[int, typer.Option(min=2, help="Half of them are examples.")] = 2000,
+    guesses: Annotated[int, typer.Option(min=2, help="Canaries to guess about.")] = 500,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.9999)] = 0.95,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> int:
+    """Bound epsilon from below by canaries in one run of the file's private oracle.
+
+    The canaries stand in place of the task. Ends with status 1 where they refute the report.
+    """
+    from gossamer.launch.audit import audit as measure
+
+    found = measure(file, settings or [], count=canaries, made=guesses, confidence=confidence)
+    if as_json:
+        reported = _number(found.reported)
+        typer.echo(json.dumps({**dataclasses.asdict(found), "reported": reported}))
+    else:
+        verdict = "is too small" if found.is_refuted else "stands"
+        typer.echo(
+            f"{found.guesses.right} of {found.guesses.made} guesses right about "
+            f"{found.guesses.canaries} canaries: epsilon is at least {found.found:.3f} at delta "
+            f"{found.delta:.3g} ({confidence:.0%} confidence); the reported "
+            f"{found.reported:.3f} {verdict}."
+        )
+    return 1 if found.is_refuted else 0
 
 
 def _rows(terms: Terms, budget: Budget, advice: Advice) -> list[dict[str, float | int | None]]:

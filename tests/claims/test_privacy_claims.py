@@ -1,9 +1,12 @@
 """The reported epsilon against what canaries find out in one run."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
+import yaml
 
 from gossamer.algorithms.decentralized.all_reduce import AllReduce
 from gossamer.algorithms.optimizers.sgd import SGD
@@ -12,6 +15,7 @@ from gossamer.algorithms.privacy.audit import canaries, epsilon_at_least, guess
 from gossamer.algorithms.privacy.dp import DP
 from gossamer.algorithms.privacy.noise import SecretNoise
 from gossamer.algorithms.program import TrainingProgram
+from gossamer.launch.cli import main
 from gossamer.runtime import Communicator, StackedTransport
 from gossamer.runtime.component import validate
 from gossamer.topologies import build
@@ -61,3 +65,51 @@ def test_canaries_find_out_a_part_of_the_noise_where_all_of_it_is_due(monkeypatc
     )
     reported, found = audited("split", seed=2)
     assert found > reported
+
+
+def analyzed(tmp_path, monkeypatch, capsys, **changed):
+    """Return (status, what ``gossamer analyze audit`` prints) for a run of two ranks."""
+    values = {
+        "task": {"name": "digits"},
+        "oracle": [
+            {"name": "backprop", "batch_size": 100},
+            {"name": "dp", "epsilon": 2.0, "accountant": "rdp"},
+        ],
+        "optimizer": {"name": "sgd", "lr": 1.0},
+        "algorithm": {"name": "all-reduce"},
+        "ranks": 2,
+        "steps": 20,
+        **changed,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    argv = ["gossamer", "analyze", "audit", str(tmp_path / "run.yaml"), "--json"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as done:
+        main()
+    return done.value.code, capsys.readouterr()
+
+
+def test_the_command_audits_a_files_oracle(tmp_path, monkeypatch, capsys):
+    status, printed = analyzed(tmp_path, monkeypatch, capsys)
+    assert status in (0, None)
+    found = json.loads(printed.out)
+    assert 0 <= found["found"] < found["reported"] == pytest.approx(2.0, abs=0.02)
+    assert (found["guesses"]["canaries"], found["guesses"]["made"]) == (2000, 500)
+    right = SecretNoise.scales
+    monkeypatch.setattr(SecretNoise, "scales", lambda self, total: right(self, total / 20))
+    status, printed = analyzed(tmp_path, monkeypatch, capsys)
+    assert status == 1
+    assert json.loads(printed.out)["found"] > 2.0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"oracle": {"name": "backprop"}}, "holds no dp"),
+        ({"algorithm": {"name": "dsgd"}}, "algorithm.name=all-reduce"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_audit(changed, message, tmp_path, monkeypatch, capsys):
+    status, printed = analyzed(tmp_path, monkeypatch, capsys, **changed)
+    assert status == 2
+    assert message in printed.err
