@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gossamer.algorithms.oracles.per_sample import check_layers
 from gossamer.runtime import ConfigError
 
 __all__ = ["GradSamples", "is_from_opacus", "take_over"]
@@ -68,6 +69,7 @@ class GradSamples:
                 "attach: DistributedDataParallel sends gradients before any noise is added; hand "
                 "over the module inside, the algorithm talks for it"
             )
+        check_layers(model, "attach: model")
         self._optimizer, self._skips = optimizer, list[bool]()
         if not is_from_opacus(model):
             try:
@@ -75,7 +77,7 @@ class GradSamples:
             except (NotImplementedError, ValueError) as error:
                 raise ConfigError(
                     f"attach: opacus finds no gradients of single examples: {error}; use layers "
-                    "without buffers (GroupNorm or LayerNorm for BatchNorm), hooked once"
+                    "without buffers, and attach a model once"
                 ) from None
             return
         if type(model) is not GradSampleModule:

@@ -31,7 +31,7 @@ from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.protocols import Clip
 from gossamer.runtime import ConfigError, RowLayout
 
-__all__ = ["PerSampleGradients"]
+__all__ = ["PerSampleGradients", "check_layers"]
 
 log = logging.getLogger("gossamer")
 
@@ -86,13 +86,7 @@ class PerSampleGradients:
             ConfigError: a layer mixes the examples of a batch.
         """
         self._problem, self._layout, module = problem, layout, problem.module
-        for name, layer in module.named_modules():
-            if isinstance(layer, _MIXES_EXAMPLES) or getattr(layer, "track_running_stats", False):
-                raise ConfigError(
-                    f"task.model: '{name}' is a {type(layer).__name__}, which mixes the examples "
-                    "of a batch or keeps their statistics, so that none has a gradient of its own; "
-                    "use GroupNorm or LayerNorm"
-                )
+        check_layers(module, "task.model")
         self._owners = _owners(module, layout)
         self.is_tapped = self._owners is not None and self._agrees_with_autograd()
         if not self.is_tapped:
@@ -280,6 +274,21 @@ class PerSampleGradients:
                 terms[name].append(Dense(_wide(grad)).scaled(c))
         assert first is not None
         return terms, first
+
+
+def check_layers(module: nn.Module, field: str) -> None:
+    """Refuse a module in which no example has a gradient of its own.
+
+    Raises:
+        ConfigError: a layer mixes the examples of a batch; begins with ``field``.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _MIXES_EXAMPLES) or getattr(layer, "track_running_stats", False):
+            raise ConfigError(
+                f"{field}: '{name}' is a {type(layer).__name__}, which mixes the examples of a "
+                "batch or keeps their statistics, so that none has a gradient of its own; use "
+                "GroupNorm or LayerNorm"
+            )
 
 
 @dataclass

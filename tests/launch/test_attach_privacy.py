@@ -380,8 +380,12 @@ def test_what_opacus_hands_over_must_be_complete_and_of_the_known_kinds():
         max_clipbound=1.0, min_clipbound=0.1, unclipped_num_std=1.0,
     )  # fmt: skip
     refused("AdaClipDPOptimizer bounds gradients in a way of its own", wrapped, adaptive, rest)
-    normed = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    refused("GroupNorm or LayerNorm", normed, sgd(normed), block)
+    for affine in (True, False):
+        normed = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=affine))
+        refused("'1' is a BatchNorm1d.*GroupNorm or LayerNorm", normed, sgd(normed), block)
+    once = cnn()
+    attached(block, once)
+    refused("attach a model once", once, sgd(once), block)
     two = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2).double())
     refused("one dtype", two, sgd(two), block)
 
