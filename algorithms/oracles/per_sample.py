@@ -212,13 +212,16 @@ class PerSampleGradients:
             total = torch.zeros_like(_wide(row))
             self.is_tapped = True
             self.add_clipped([(1.0, row)], inputs, kept, total, lambda _: None)
-            grads = []
-            for k in range(len(inputs[0])):
+            parameters = list(self._layout.parameters(module))
+            sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+            squares = torch.zeros(len(inputs[0]), len(sums), dtype=torch.float64)
+            for k in range(len(squares)):  # one at a time: all of them may not fit
                 loss = problem.loss(module, tuple(t[k : k + 1] for t in inputs))
-                found = torch.autograd.grad(
-                    loss, list(self._layout.parameters(module)), allow_unused=True
-                )
-                grads.append([torch.zeros(()) if g is None else g.double() for g in found])
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for j, (g, whole) in enumerate(zip(grads, sums, strict=True)):
+                    if g is not None:
+                        whole += g
+                        squares[k, j] = g.double().square().sum().cpu()
         except (RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
             log.info("gradients of single examples: layers cannot be tapped: %s", error)
             return False
@@ -227,10 +230,8 @@ class PerSampleGradients:
                 layer.training = mode
             for p, data in zip(module.parameters(), before, strict=True):
                 p.data = data
-        squares = torch.stack([torch.stack([g.square().sum() for g in each]) for each in grads])
-        norms, found_norms = squares.sqrt().cpu(), kept.squares.double().sqrt().cpu()
+        norms, found_norms = squares.sqrt(), kept.squares.double().sqrt().cpu()
         scale = norms.max(dim=0).values + 1e-6 * norms.max()  # of each tensor
-        sums = [sum(parts) for parts in zip(*grads, strict=True)]
         apart = torch.stack(
             [
                 (view.double() - whole).norm().cpu()
@@ -244,7 +245,7 @@ class PerSampleGradients:
             (over >= -share * scale - 1e-12).all()
             and (over <= share * scale + LOOSE / 2 * norms + 1e-12).all()
         )
-        return norms_agree and bool((apart <= share * len(grads) * scale + 1e-12).all())
+        return norms_agree and bool((apart <= share * len(squares) * scale + 1e-12).all())
 
     # --- by torch.func ----------------------------------------------------------------------
 
