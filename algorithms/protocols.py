@@ -259,7 +259,8 @@ class Oracle(Component, ABC):
     ) -> Estimate:
         """Return the *sum* over each rank's examples of their gradients, each bounded by ``clip``.
 
-        What privacy wraps. ``grad`` is reused by the next call; ``weight`` counts examples.
+        What privacy wraps. ``grad`` is float32 at least, whatever the rows are, and reused by the
+        next call; ``weight`` counts examples.
 
         Args:
             x: one row per hosted rank; kept.

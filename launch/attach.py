@@ -15,26 +15,30 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gossamer.algorithms.problems import Batches
 from gossamer.algorithms.protocols import Algorithm
-from gossamer.algorithms.registry import find
-from gossamer.launch.attach_adapters import GivenGradient, TorchOptimizer, TorchSGD
+from gossamer.launch.attach_adapters import GivenGradient, find_algorithm
+from gossamer.launch.attach_checks import (
+    Buffers,
+    check_optimizer,
+    check_parameters,
+    float_buffers,
+)
+from gossamer.launch.attach_opacus import is_from_opacus
+from gossamer.launch.attach_privacy import PrivateGradient, make_private
 from gossamer.launch.config import build_topology
 from gossamer.runtime import Communicator, ConfigError, RowLayout, open_transport
-from gossamer.runtime.component import validate
 from gossamer.runtime.state import flatten, restore
 from gossamer.runtime.transports import Transport
 from gossamer.runtime.transports.select import world_size
 from gossamer.topologies import Topology
 
 __all__ = ["Attachment", "attach", "init"]
-
-Buffers = Literal["keep", "average", "refuse"]
 
 _NO_BATCHES: Batches = ((),)
 """The loop of the user's own draws the data; the one batch of a step is empty."""
@@ -93,6 +97,7 @@ def attach(
     comm: Communicator | None = None,
     every: int = 1,
     buffers: Buffers = "keep",
+    privacy: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """Turn ``optimizer.step()`` into one step of a decentralized algorithm.
 
@@ -112,6 +117,11 @@ def attach(
         every: average on every k-th ``step()`` only; those between are the optimizer's own.
         buffers: ``keep`` each rank's own, ``average`` the floating-point ones over the graph with
             the parameters, or ``refuse`` a model that has any.
+        privacy: fields of ``PrivacyBlock``: gradients of single examples (Opacus' hooks, on a
+            GradSampleModule or a plain model) are bounded and summed, and get noise, before any
+            message. ``step`` without a ``backward`` stands for an empty batch. A DPOptimizer needs
+            it: its noise_multiplier, norm and expected batch are taken over, its own noise is not
+            added, its engine's accountant goes on.
 
     Returns:
         ``optimizer``; ``optimizer.gossamer`` is the ``Attachment``.
@@ -119,7 +129,7 @@ def attach(
     Raises:
         ConfigError: the algorithm needs what a loop of one's own cannot give (gradients at other
             points, several batches a step), the model has buffers to refuse, or trainable
-            parameters that the optimizer does not hold.
+            parameters that the optimizer does not hold; or privacy cannot be had.
     """
     if comm is None:
         comm = _default if topology is None else None
@@ -127,7 +137,7 @@ def attach(
         if topology is None:
             raise ConfigError("attach: no topology; call gossamer.init first, or give topology=...")
         comm = init(topology)
-    attachment = Attachment(model, optimizer, algorithm, comm, every, buffers)
+    attachment = Attachment(model, optimizer, algorithm, comm, every, buffers, privacy)
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -143,6 +153,9 @@ def attach(
     optimizer.gossamer = attachment  # type: ignore[attr-defined]
     # A GradScaler then calls step() on overflow too, and leaves the decision to ``unscale``.
     optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    if privacy is not None and not is_from_opacus(optimizer):
+        # Where Opacus' BatchMemoryManager looks for it.
+        optimizer.signal_skip_step = attachment.signal_skip_step  # type: ignore[attr-defined]
     return optimizer
 
 
@@ -152,6 +165,7 @@ class Attachment:
     Attributes:
         comm: the ranks, on the topology that the algorithm runs on.
         parts: one per dtype of the model.
+        privacy: of the gradients; None without.
     """
 
     def __init__(
@@ -162,20 +176,22 @@ class Attachment:
         comm: Communicator,
         every: int,
         buffers: Buffers,
+        privacy: Mapping[str, Any] | None = None,
     ) -> None:
         if every < 1:
             raise ConfigError(f"attach: every must be at least 1, got {every}")
         if comm.local != 1:
             raise ConfigError(f"attach: one rank per process, this one hosts {comm.local}")
-        _check_optimizer(optimizer)
-        _check_parameters(model, optimizer)
+        check_optimizer(optimizer, privacy is not None, model)
+        given, optimizer = optimizer, getattr(optimizer, "original_optimizer", optimizer)
+        check_parameters(model, optimizer)
         self._model, self._every, self._calls = model, every, 0
         self._local_step = optimizer.step
-        self._buffers = _float_buffers(model, buffers)
+        self._buffers = float_buffers(model, buffers)
         section = {"name": algorithm} if isinstance(algorithm, str) else dict(algorithm)
         dtypes = {p.dtype: None for p in model.parameters() if p.requires_grad}
         layouts = [RowLayout(model, dtype) for dtype in dtypes]
-        rules = [_algorithm(section, optimizer, model, layout) for layout in layouts]
+        rules = [find_algorithm(section, optimizer, model, layout) for layout in layouts]
         graph = rules[0].adapt(comm.topology)
         if graph is not comm.topology:
             comm = Communicator(
@@ -185,9 +201,52 @@ class Attachment:
         self.parts = [
             _Part(model, layout, rule, comm) for layout, rule in zip(layouts, rules, strict=True)
         ]
+        self.privacy: PrivateGradient | None = None
+        if privacy is not None:
+            if len(layouts) > 1 or buffers == "average":
+                raise ConfigError(
+                    "attach: privacy bounds gradients of one dtype and covers no averaged buffers; "
+                    f"convert the model ({', '.join(map(str, dtypes))}), and use buffers='keep'"
+                )
+            self.privacy = make_private(privacy, model, given, layouts[0], comm, rules[0], every)
 
     def step(self) -> None:
         """Make one step: the algorithm's, or between two rounds the optimizer's own."""
+        if self.privacy is None:
+            self._step()
+        elif self.privacy.release(self.parts[0].grad):
+            self._step()
+            self.privacy.finish()
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Make the next ``step`` (or the one after those signalled) add to the sum only.
+
+        For a private batch in parts: each part's gradients are bounded, the noise comes once.
+        """
+        self._private().skip(do_skip)
+
+    def privacy_spent(self) -> float:
+        """Return the epsilon spent so far, on this rank's examples.
+
+        Raises:
+            ConfigError: there is no privacy block, or no guarantee (shuffled batches).
+        """
+        return self._private().spent()
+
+    def statement(self) -> dict[str, Any]:
+        """Return what must be said of the run's privacy, by heading, ready for JSON.
+
+        Raises:
+            ConfigError: there is no privacy block.
+        """
+        return self._private().statement()
+
+    def _private(self) -> PrivateGradient:
+        if self.privacy is None:
+            raise ConfigError("attach: the loop is not private; give attach privacy={...}")
+        return self.privacy
+
+    def _step(self) -> None:
         self._calls += 1
         if self._calls % self._every:
             self._local_step()
@@ -206,6 +265,11 @@ class Attachment:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None:
             return True
+        if self.privacy is not None:
+            raise ConfigError(
+                "attach: a GradScaler scales gradients of single examples too, which changes what "
+                "privacy bounds; use bfloat16, which needs no scaling"
+            )
         scale = optimizer.grad_scale
         optimizer.found_inf = optimizer.grad_scale = None  # torch's own step refuses them
         if not self.comm.agree(not bool(found_inf)):
@@ -228,22 +292,33 @@ class Attachment:
         return float(total**0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the algorithm keeps beside the parameters: save it with the optimizer's."""
+        """Return what the algorithm keeps beside the parameters: save it with the optimizer's.
+
+        Under privacy it holds the secret keys of the noise, which nobody else may read.
+        """
         parts = []
         for part in self.parts:
             tensors, scalars = flatten(part.state)
             parts.append(
                 {"tensors": {k: t.clone() for k, t in tensors.items()}, "scalars": scalars}
             )
-        return {
-            "step": self.comm.step,
-            "round": self.comm.round,
-            "calls": self._calls,
-            "parts": parts,
-        }
+        kept = {"step": self.comm.step, "round": self.comm.round, "calls": self._calls}
+        private = {} if self.privacy is None else {"privacy": self.privacy.state_dict()}
+        return {**kept, "parts": parts, **private}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, the parameters included."""
+        """Take back what ``state_dict`` returned, the parameters included.
+
+        Raises:
+            ConfigError: it is another run's, or says nothing of the privacy spent.
+        """
+        if ("privacy" in state) != (self.privacy is not None):
+            raise ConfigError(
+                "attach: the state is of a run with privacy, or this one is, but not both, so that "
+                "nobody would know the epsilon spent; give attach the same privacy block"
+            )
+        if self.privacy is not None:
+            self.privacy.load_state_dict(state["privacy"])
         self.comm.step, self.comm.round = state["step"], state["round"]
         self._calls = state["calls"]
         for part, saved in zip(self.parts, state["parts"], strict=True):
@@ -309,78 +384,8 @@ class _Part:
             p.data = view
 
 
-def _algorithm(
-    section: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    layout: RowLayout,
-) -> Algorithm:
-    cls = find("algorithm", str(section["name"]))
-    assert issubclass(cls, Algorithm), cls
-    local = TorchOptimizer()
-    local.wrap(optimizer, layout.parameters(model), layout)
-    values = {k: v for k, v in section.items() if k != "name"}
-    try:
-        rule = validate(cls, {**values, "optimizer": local}, "attach: algorithm")
-    except ConfigError as error:
-        if "optimizer" not in str(error):
-            raise
-        plain = TorchSGD.of(optimizer)
-        if plain is None:
-            raise ConfigError(
-                f"attach: {section['name']} makes the local update itself and takes "
-                f"torch.optim.SGD without momentum only, not {type(optimizer).__name__}; or "
-                "choose dsgd or gradient-tracking, which take any"
-            ) from None
-        rule = validate(cls, {**values, "optimizer": plain}, "attach: algorithm")
-    if rule.batches_per_step != 1:
-        raise ConfigError(
-            f"attach: {section['name']} takes {rule.batches_per_step} batches a step; "
-            "use dsgd with every=K for local steps"
-        )
-    return rule
-
-
 def as_topology(topology: str | Mapping[str, Any] | Topology, n: int) -> Topology:
     """Return a topology as users write it, a name, a section or itself, for n ranks."""
     if isinstance(topology, Topology):
         return topology
     return build_topology({"name": topology} if isinstance(topology, str) else dict(topology), n)
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    if hasattr(optimizer, "gossamer"):
-        raise ConfigError("attach: this optimizer is attached already; make a new one")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError(
-            "attach: LBFGS evaluates the loss many times a step; choose an optimizer of one "
-            "gradient a step, such as SGD or AdamW"
-        )
-
-
-def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    missing = [name for key, name in names.items() if key not in held]
-    if missing:
-        raise ConfigError(
-            f"attach: the optimizer does not hold trainable parameters {missing[:3]}; give it "
-            "model.parameters(), or freeze them (requires_grad_(False))"
-        )
-    foreign = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-    if any(id(p) not in names for p in foreign):
-        raise ConfigError("attach: the optimizer holds trainable parameters of another model")
-
-
-def _float_buffers(model: nn.Module, buffers: Buffers) -> list[Tensor]:
-    found = dict(model.named_buffers())
-    if buffers == "refuse" and found:
-        raise ConfigError(
-            f"attach: the model has buffers ({next(iter(found))}, ...); use buffers='keep' or "
-            "'average', or normalisation without statistics (GroupNorm)"
-        )
-    if buffers not in ("keep", "average", "refuse"):
-        raise ConfigError(f"attach: buffers must be keep, average or refuse, got {buffers!r}")
-    if buffers != "average":
-        return []
-    return [b for b in found.values() if b.is_floating_point()]

@@ -11,10 +11,20 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import PLAIN, Estimate, Optimizer, Oracle, Origin, Sink
+from gossamer.algorithms.protocols import (
+    PLAIN,
+    Algorithm,
+    Estimate,
+    Optimizer,
+    Oracle,
+    Origin,
+    Sink,
+)
+from gossamer.algorithms.registry import find
 from gossamer.runtime import Communicator, ConfigError, RowLayout
+from gossamer.runtime.component import validate
 
-__all__ = ["GivenGradient", "Part", "TorchOptimizer", "TorchSGD"]
+__all__ = ["GivenGradient", "Part", "TorchOptimizer", "TorchSGD", "find_algorithm"]
 
 
 class Part(Protocol):
@@ -155,3 +165,40 @@ class TorchSGD(SGD):
                 "use one, or choose dsgd or gradient-tracking"
             )
         return rates.pop()
+
+
+def find_algorithm(
+    section: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    layout: RowLayout,
+) -> Algorithm:
+    """Return the algorithm that a section names, with the user's optimizer as its local update.
+
+    Raises:
+        ConfigError: it needs an optimizer of its own, or several batches a step.
+    """
+    cls = find("algorithm", str(section["name"]))
+    assert issubclass(cls, Algorithm), cls
+    local = TorchOptimizer()
+    local.wrap(optimizer, layout.parameters(model), layout)
+    values = {k: v for k, v in section.items() if k != "name"}
+    try:
+        rule = validate(cls, {**values, "optimizer": local}, "attach: algorithm")
+    except ConfigError as error:
+        if "optimizer" not in str(error):
+            raise
+        plain = TorchSGD.of(optimizer)
+        if plain is None:
+            raise ConfigError(
+                f"attach: {section['name']} makes the local update itself and takes "
+                f"torch.optim.SGD without momentum only, not {type(optimizer).__name__}; or "
+                "choose dsgd or gradient-tracking, which take any"
+            ) from None
+        rule = validate(cls, {**values, "optimizer": plain}, "attach: algorithm")
+    if rule.batches_per_step != 1:
+        raise ConfigError(
+            f"attach: {section['name']} takes {rule.batches_per_step} batches a step; "
+            "use dsgd with every=K for local steps"
+        )
+    return rule

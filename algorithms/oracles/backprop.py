@@ -129,7 +129,7 @@ class Backprop(Oracle):
         self.require_clipped()
         assert self._per_sample is not None
         draw, batch = self._next_draw(), self._moved(batch)
-        grad, losses = self._grad.zero_(), torch.zeros(len(batch), dtype=torch.float64)
+        grad, losses = self._sums(), torch.zeros(len(batch), dtype=torch.float64)
         for i, (rank, examples) in enumerate(zip(self._comm.ranks, batch, strict=True)):
             points = [(c, rows[i]) for c, rows in combine or [(1.0, x)]]
             chunks = _chunks(examples.inputs, self.micro_batch_size) if len(examples) else []
@@ -162,6 +162,12 @@ class Backprop(Oracle):
         self._buffers.load_state_dict(state)
 
     # --- inside -----------------------------------------------------------------------------
+
+    def _sums(self) -> Tensor:
+        """Return zero rows for sums of bounded gradients, which half precision would round off."""
+        if self._layout.dtype in (torch.float32, torch.float64):
+            return self._grad.zero_()
+        return torch.zeros(self._grad.shape, dtype=torch.float32, device=self._grad.device)
 
     def _next_draw(self) -> int:
         """Count the calls within a step: they draw different dropout masks."""

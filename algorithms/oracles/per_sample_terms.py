@@ -10,7 +10,8 @@ Shapes: m examples, t positions in each, a parameter (q, p).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,24 @@ from torch import Tensor
 from gossamer.runtime.native import add_rows
 from gossamer.runtime.rows import row_dot
 
-__all__ = ["Dense", "Lookup", "Outer", "Term", "add_weighted", "squared_norms"]
+__all__ = [
+    "LOOSE",
+    "Dense",
+    "Lookup",
+    "Outer",
+    "Term",
+    "add_weighted",
+    "full_precision",
+    "lengths_of",
+    "squared_norms",
+]
+
+_BLOCK = 128
+"""Features that are summed at once: sums of blocks lose less than one long sum."""
+LOOSE = 0.02
+"""Share of a squared norm that float32 may account for, 1 % of the norm; beyond it: float64."""
+_FLOOR = 1e-13
+"""Shorter vectors count as this long in bounds, so that what underflows is within them."""
 
 
 @dataclass
@@ -29,10 +47,12 @@ class Outer:
     Attributes:
         a: (m, t, p), what went in.
         e: (m, t, q), the gradient of what came out.
+        mass: (m,), sum_t |a_t| |e_t|, what rounding is relative to; None until it was needed.
     """
 
     a: Tensor
     e: Tensor
+    mass: Tensor | None = None
 
     def scaled(self, c: float) -> Outer:
         """Return the term times c."""
@@ -48,18 +68,39 @@ class Outer:
         return Dense(g, self.rounding())
 
     def squares(self) -> Tensor:
-        """Return the squared norms, (m,), by Gram matrices: O(t^2 (p + q)) per example.
+        """Return bounds (m,) float64 on the squared norms, by Gram matrices: O(t^2 (p + q)) each.
 
-        In float64: positions may cancel, and a norm that is too small is no bound.
+        Their products are float32, three times as fast as float64, and what those may lose is
+        added: a norm that is too small is no bound. An inner product of vectors x, y, summed in
+        blocks of b features each and then over blocks, is off by at most k u |x| |y| to first
+        order, k = b + blocks, u = 2^-24, in any order within a block (Higham, Accuracy and
+        Stability of Numerical Algorithms, 2002, section 4.2). Hence sum_st <a_s, a_t> <e_s, e_t>
+        is off by at most 2 k u mass^2, mass = sum_t |a_t| |e_t|. Where positions cancel that is
+        much more than the norm: the example is done in float64.
         """
         if self.a.shape[1] == 1:
             return Dense(self.a).squares() * Dense(self.e).squares()
-        a, e = self.a.double(), self.e.double()
-        return (a @ a.mT).mul_(e @ e.mT).sum((1, 2)).clamp_(min=0)
+        if self.a.dtype == torch.float64:
+            return _exact_squares(self.a, self.e)
+        grams = [_gram(self.a), _gram(self.e)]
+        lengths = [gram.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=_FLOOR) for gram in grams]
+        self.mass = (lengths[0] * lengths[1]).sum(1)
+        found = grams[0].double().mul_(grams[1]).sum((1, 2))
+        terms = sum(min(v.shape[2], _BLOCK) + -(-v.shape[2] // _BLOCK) for v in (self.a, self.e))
+        unit = torch.finfo(self.a.dtype).eps / 2
+        # A tenth more: higher orders, the rounding of the mass, and products that underflow.
+        lost = self.mass.double().square() * (1.1 * terms * unit)
+        loose = ~(lost <= LOOSE * found)  # so is what is not finite
+        if bool(loose.any()):
+            found[loose], lost[loose] = _exact_squares(self.a[loose], self.e[loose]), 0.0
+        return found + lost
 
     def rounding(self) -> Tensor:
         """Return bounds (m,) on what float32 sums over positions may add to a gradient."""
-        mass: Tensor = (self.a.norm(dim=2) * self.e.norm(dim=2)).sum(1)
+        mass = self.mass
+        if mass is None:
+            lengths = [lengths_of(v).clamp_(min=_FLOOR) for v in (self.a, self.e)]
+            mass = (lengths[0] * lengths[1]).sum(1)
         return mass * (self.a.shape[1] * torch.finfo(self.a.dtype).eps)
 
     @property
@@ -69,8 +110,13 @@ class Outer:
 
     def add_to_(self, out: Tensor, factors: Tensor) -> None:
         """Add ``sum_i factors_i g_i`` to the parameter's gradient ``out``."""
-        e = (self.e * factors[:, None, None]).flatten(0, 1)
-        out.view(e.shape[1], -1).addmm_(e.mT, self.a.flatten(0, 1))
+        a, e, factors = self.a, self.e, factors[:, None, None]
+        if a.shape[2] < e.shape[2]:  # the copy is of the narrower one
+            a = a * factors
+        else:
+            e = e * factors
+        e = e.flatten(0, 1)
+        out.view(e.shape[1], -1).addmm_(e.mT, a.flatten(0, 1))
 
 
 @dataclass
@@ -185,11 +231,11 @@ def squared_norms(terms: Sequence[Term], shape: torch.Size) -> tuple[Tensor, lis
     dense = [term.dense(shape) for term in terms if isinstance(term, Dense)]
     merged: list[Term] = []
     if outer:  # positions side by side: the sum of outer products is one outer product
-        whole = Outer(torch.cat([o.a for o in outer], 1), torch.cat([o.e for o in outer], 1))
+        whole = Outer(_beside([term.a for term in outer]), _beside([term.e for term in outer]))
         merged.append(whole if whole.is_wide else whole.dense(shape))
     if lookup:
-        tokens = torch.cat([term.tokens for term in lookup], 1)
-        merged.append(Lookup(tokens, torch.cat([term.e for term in lookup], 1)))
+        tokens = _beside([term.tokens for term in lookup])
+        merged.append(Lookup(tokens, _beside([term.e for term in lookup])))
     if dense:
         merged.append(_total(dense))
     if len(merged) == 2 and isinstance(merged[0], Outer) and isinstance(merged[1], Lookup):
@@ -202,29 +248,70 @@ def squared_norms(terms: Sequence[Term], shape: torch.Size) -> tuple[Tensor, lis
     return (squares.clamp(min=0).sqrt() + slack).square(), merged
 
 
-def add_weighted(terms: Sequence[Term], factors: Tensor, bad: Tensor, out: Tensor) -> None:
+def add_weighted(terms: Sequence[Term], factors: Tensor, bad: Tensor | None, out: Tensor) -> None:
     """Add ``sum_i factors_i g_i`` to ``out``, shaped as the parameter.
 
     Args:
         terms: of one parameter, from ``squared_norms``.
         factors: (m,).
-        bad: (m,) bool, examples that count as zero: 0 times NaN would be NaN.
-        out: the parameter's gradient.
+        bad: (m,) bool, examples that count as zero: 0 times NaN would be NaN; None: there is none.
+        out: the parameter's gradient, of the terms' dtype.
     """
-    factors = factors.to(out.dtype).masked_fill(bad, 0)
+    factors = factors.to(out.dtype)
+    if bad is not None:
+        factors = factors.masked_fill(bad, 0)
     for term in terms:
-        clean = term.cleared(bad) if bad.any() else term
+        clean = term if bad is None else term.cleared(bad)
         clean.add_to_(out, factors)
+
+
+def lengths_of(values: Tensor) -> Tensor:
+    """Return the norms over the last axis, (m, t, p) -> (m, t)."""
+    if values.stride(2) != 1:  # torch 2.13 takes such norms element by element
+        return values.square().sum(2).sqrt_()
+    lengths: Tensor = values.norm(dim=2)
+    return lengths
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep products in float32: in TF32 or bfloat16 a sum may lie beyond what its norm says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    """Return the parts with their positions side by side."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def _gram(values: Tensor) -> Tensor:
+    """Return the inner products of positions, (m, t, p) -> (m, t, t), block by block."""
+    first, *rest = values.split(_BLOCK, dim=2)
+    total: Tensor = first @ first.mT
+    for block in rest:
+        total += block @ block.mT
+    return total
+
+
+def _exact_squares(a: Tensor, e: Tensor) -> Tensor:
+    """Return the squared norms of ``sum_t e_t a_t^T`` in float64."""
+    a, e = a.double(), e.double()
+    return (a @ a.mT).mul_(e @ e.mT).sum((1, 2)).clamp_(min=0)
 
 
 def _total(terms: Sequence[Dense]) -> Dense:
     """Return the sum of terms, with what its rounding may add."""
+    if len(terms) == 1:
+        return terms[0]
     g = sum((term.g for term in terms[1:]), terms[0].g)
     slack = torch.stack([term.rounding() for term in terms]).sum(0)
-    if len(terms) > 1:
-        norms = torch.stack([term.rows().norm(dim=1) for term in terms]).sum(0)
-        slack = slack + norms * (len(terms) * torch.finfo(g.dtype).eps)
-    return Dense(g, slack)
+    norms = torch.stack([term.rows().norm(dim=1) for term in terms]).sum(0)
+    return Dense(g, slack + norms * (len(terms) * torch.finfo(g.dtype).eps))
 
 
 def _inner(outer: Outer, lookup: Lookup) -> Tensor:

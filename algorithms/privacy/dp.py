@@ -283,7 +283,11 @@ class DP(OracleWrapper):
         noise = self._noise.pending(found.grad, layout, self._ledger.releases, scales)
         self._ledger.count()
         factors = [1 / size for size in self._expected]
-        grad = Release(comm, layout, found.grad, noise, factors, out=found.grad)
+        release = Release(comm, layout, found.grad, noise, factors, out=found.grad)
+        grad: Tensor | Release = release
+        if found.grad.dtype != layout.dtype:
+            # In float32 up to here; rows of half precision take what is released already.
+            grad = release.dense().to(layout.dtype)
         # What the optimizer may know: the variance in a row, and in the mean of all.
         rows, mean = self._noise.variances(sigma * bound, self._sizes)
         alike = len(set(rows)) == 1

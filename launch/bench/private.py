@@ -1,204 +1,269 @@
-"""``bench private``: what a private step makes of gradients, in one pass and in several.
+"""``bench private``: a private step beside Opacus' and a plain torch step, time and memory.
 
-On one core. Gradients of single examples are measured and their bounded sum is formed; a sum gets
-noise (four normals an element) and is divided by the batch size, a moving average takes it in, and
-the parameters take a step along that. All ways run in turn in one run.
+Same model, batch, clipping norm and noise for all; one thread per process. The ways run in turn in
+the same processes, each time in another order, from a barrier on; the slowest rank's time counts.
+Beside the clock's stands the time that a rank was on a CPU, which other programs enter less; with
+several ranks it has the waiting for messages in it, where that polls.
+Memory is measured with one way alone in fresh processes: the most that is resident from before the
+model is built until two steps are made, of the rank that needs most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from gossamer.launch.bench.measure import DTYPES, Options, Row, Spread, interleave
-from gossamer.runtime import combine, native
-from gossamer.runtime.errors import ConfigError
-from gossamer.runtime.native import add_rows, row_dot
-from gossamer.runtime.perturb import Probe, perturb_, release_, update_
-from gossamer.runtime.rows import RowLayout
+from gossamer.launch.bench.measure import Row, spread
+from gossamer.launch.bench.private_ways import WAYS, PrivateModel, make_way
+from gossamer.launch.processes import run_processes
+from gossamer.runtime import Communicator, ConfigError, StackedTransport
+from gossamer.runtime.errors import nearest
+from gossamer.runtime.transports.select import join_torch
+from gossamer.topologies import build
 
-__all__ = ["LEGEND", "examples", "private"]
+__all__ = ["Aim", "PrivateRequest", "aims", "parse_models", "private"]
 
-LEGEND = """\
-ns per element, on one core, in turn. A sum gets noise and is scaled, an average takes it in, x
-takes a step.
-fused: one pass; unfused: the same bits in seven; torch: plain torch with 4 normals an element, or 1
-normals: 4 an element, added in one pass; rest: the fused pass without them; limit: five rows at a
-triad's speed, and its share of the rest
-norms: squared, in float64; sum: of the rows times factors; torch: with temporaries; gemv: addmv_"""
-
-_STD, _FACTOR, _BETA, _RATE = 0.5, 1 / 64, 0.9, 0.125
-_NOISE = [(1, Probe(0, part, _STD / 2)) for part in range(4)]
-_CHECKED = 4099  # an odd number: whole vectors and a rest
-_ROWS_MOVED = 5  # sum, average and parameters are read, the last two written
-_EXAMPLES = 64
+_TIMEOUT_S = 300.0
+_MIB = 1 << 20
+_CHANNELS = 64
 
 
-def private(options: Options) -> list[Row]:
-    """Measure noise, filter and step on rows of every size; one row of figures each.
+@dataclass(frozen=True)
+class PrivateRequest:
+    """What to measure.
+
+    Attributes:
+        ranks: numbers of processes to start.
+        models: what to train.
+        iters: samples per figure.
+        warmup: samples thrown away before them.
+    """
+
+    ranks: Sequence[int]
+    models: Sequence[PrivateModel]
+    iters: int
+    warmup: int
+
+
+class Aim(NamedTuple):
+    """A ratio that a row must not exceed."""
+
+    name: str
+    figure: float
+    bound: float
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it does not."""
+        return self.figure <= self.bound
+
+
+def parse_models(
+    names: str, batch: int, width: int, layers: int, context: int
+) -> list[PrivateModel]:
+    """Return the models called ``names``, by commas.
 
     Raises:
-        ConfigError: ``dtype`` is none that is summed privately.
-        AssertionError: the ways disagree.
+        ConfigError: a name is unknown, or the width is none.
     """
-    if options.dtype not in ("float32", "float64"):
-        raise ConfigError(f"--dtype: '{options.dtype}' has no private sums; use float32 or float64")
-    with _one_thread():
-        _check(DTYPES[options.dtype])
-        return [_measure(count, options) for count in options.counts()]
+    if width % 8:
+        raise ConfigError(f"--width: {width} must be a multiple of 8, for heads and groups")
+    made = {
+        "transformer": PrivateModel("transformer", batch, width, layers, context),
+        "cnn": PrivateModel("cnn", batch, width=_CHANNELS),
+    }
+    for name in names.split(","):
+        if name not in made:
+            raise ConfigError(f"--models: unknown model '{name}'{nearest(name, made)}")
+    return [made[name] for name in names.split(",")]
 
 
-def examples(options: Options) -> list[Row]:
-    """Measure norms and bounded sums of 64 gradients of every size together; figures as above.
+def private(request: PrivateRequest, progress: Callable[[str], object]) -> list[Row]:
+    """Measure; a row of figures for every number of ranks, model and way.
 
     Raises:
-        AssertionError: the ways disagree.
+        ConfigError: Opacus is not installed, the processes failed, or two private ways disagree.
     """
-    with _one_thread():
-        return [
-            _measure_examples(max(1, count // _EXAMPLES), options) for count in options.counts()
-        ]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    native.use_threads(1)
     try:
-        yield
-    finally:
-        native.use_threads(None)
-        torch.set_num_threads(threads)
+        import opacus  # noqa: F401 - whether there is one
+    except ImportError as error:
+        raise ConfigError(
+            f"bench private: stands beside opacus ({error}); pip install 'gossamer[privacy]'"
+        ) from None
+    rows: list[Row] = []
+    for n in request.ranks:
+        for model in request.models:
+            progress(f"{model.name}, {n} ranks, times")
+            times = _started(n, _time_child, model, request.iters, request.warmup)
+            for way in WAYS:
+                progress(f"{model.name}, {n} ranks, memory of {way}")
+                peak = _started(n, _memory_child, model, way)
+                rows.append(_row(n, model, way, times, peak))
+    return rows
 
 
-class _Step:
-    """Rows of one size, and the ways to make the step on them."""
-
-    def __init__(self, count: int, dtype: torch.dtype) -> None:
-        module = nn.Module()
-        module.p = nn.Parameter(torch.zeros(count, dtype=dtype))
-        self.layout = RowLayout(module)
-        self.sum, self.average, self.x, self.z = (
-            torch.ones(1, self.layout.d, dtype=dtype) for _ in range(4)
-        )
-
-    def fused(self) -> None:
-        """All in one pass."""
-        self._release(_NOISE)
-
-    def rest(self) -> None:
-        """The same pass without noise: what is not spent on normals."""
-        self._release([])
-
-    def _release(self, noise: list[tuple[int, Probe]]) -> None:
-        average = self.average[0]
-        release_(
-            self.sum[0],
-            self.layout,
-            noise,
-            _FACTOR,
-            weight=1 - _BETA,
-            kept=[(_BETA, average)],
-            out=average,
-            step=(-_RATE, self.x[0]),
-        )
-
-    def unfused(self) -> None:
-        """The same kernels one after another: seven passes."""
-        for seed, p in _NOISE:
-            perturb_(self.sum[0], self.layout, seed, p.step, p.probe, p.coefficient)
-        combine([(_FACTOR, self.sum)], out=self.sum)
-        combine([(1 - _BETA, self.sum), (_BETA, self.average)], out=self.average)
-        combine([(1.0, self.x), (-_RATE, self.average)], out=self.x)
-
-    def normals(self) -> None:
-        """Four normals for each element, added in one pass."""
-        update_(self.x[0], self.layout, 1, [p for _, p in _NOISE])
-
-    def torch(self, parts: int) -> None:
-        """Plain torch, in place, with so many normals for each element."""
-        for _ in range(parts):
-            self.sum.add_(self.z.normal_(), alpha=_STD / parts**0.5)
-        self.sum.mul_(_FACTOR)
-        self.average.lerp_(self.sum, 1 - _BETA)
-        self.x.add_(self.average, alpha=-_RATE)
+def _row(n: int, model: PrivateModel, way: str, times: Mapping[str, Any], peak: float) -> Row:
+    row: Row = {"ranks": n, "model": model.name, "way": way, "parameters": times["parameters"]}
+    found = spread(times["seconds"][way])
+    for key in ("", "_p10", "_p90"):
+        row[f"step_ms{key}"] = 1e3 * getattr(found, key.removeprefix("_") or "median")
+    for other in ("plain", "dp"):
+        row[f"{other}_ratio"] = found.median / spread(times["seconds"][other]).median
+    row["cpu_ms"] = 1e3 * spread(times["cpu_seconds"][way]).median
+    return row | {"memory_mib": peak, "settings": asdict(model)}
 
 
-def _measure(count: int, options: Options) -> Row:
-    step = _Step(count, DTYPES[options.dtype])
-    cases: dict[str, Callable[[], object]] = {
-        "fused": step.fused,
-        "unfused": step.unfused,
-        "normals": step.normals,
-        "rest": step.rest,
-        "torch_one": partial(step.torch, 1),
-        "torch_four": partial(step.torch, 4),
-    }
-    a, b, c = (torch.ones(-(-step.x.nbytes // 8), dtype=torch.float64) for _ in range(3))
-    for stream in (False, True):
-        cases[f"triad_{stream}"] = partial(native.triad, a, b, c, 3.0, stream=stream)
-    found = interleave(cases, options.iters, options.warmup)
-    triad = min((found.pop(f"triad_{stream}") for stream in (False, True)), key=lambda t: t.median)
-    row = _figures(count, options.dtype, found)
-    for way in ("unfused", "torch_one", "torch_four"):
-        row[f"{way}_ratio"] = found[way].median / found["fused"].median
-    limit = triad.median * _ROWS_MOVED / 3
-    row["limit_ns"] = 1e9 * limit / count
-    for way in ("fused", "rest"):
-        row[f"{way}_share"] = limit / found[way].median
-    return row
+def aims(rows: Sequence[Row]) -> list[Aim]:
+    """Return what the rows are held to."""
+    found = {(row["model"], row["ranks"], row["way"]): row for row in rows}
+    held = []
+    for model, n in dict.fromkeys((row["model"], row["ranks"]) for row in rows):
+        here = {way: found[model, n, way] for way in WAYS}
+        time_of = {way: row["step_ms"] for way, row in here.items()}
+        memory_of = {way: row["memory_mib"] for way, row in here.items()}
+        at = f"{model}, n = {n}"
+        if model == "transformer":
+            times = time_of["dp"] / time_of["opacus"], time_of["dp"] / time_of["opacus ghost"]
+            held.append(Aim(f"{at}: time over Opacus' materialised", times[0], 0.6))
+            memory = memory_of["dp"] / memory_of["opacus"]
+            held.append(Aim(f"{at}: memory over Opacus' materialised", memory, 0.6))
+            held.append(Aim(f"{at}: time over Opacus' ghost", times[1], 1.0))
+        one = time_of["disk one"] / time_of["dp"]
+        held.append(Aim(f"{at}: time of DiSK, one evaluation, over dp", one, 1.1))
+    return held
 
 
-def _measure_examples(size: int, options: Options) -> Row:
-    dtype, count = DTYPES[options.dtype], _EXAMPLES * size
-    g, out = torch.randn(_EXAMPLES, size).to(dtype), torch.zeros(size, dtype=dtype)
-    factors = torch.rand(_EXAMPLES)
-
-    def plain_norms() -> Tensor:
-        return g.double().square().sum(1)
-
-    def plain_sum() -> Tensor:
-        return out.add_((g * factors[:, None].to(dtype)).sum(0))
-
-    norms = row_dot(g, g)[:, 0]
-    assert torch.allclose(norms, plain_norms(), rtol=1e-12), "the norms disagree"
-    summed, plain = add_rows(torch.zeros_like(out), g, factors), plain_sum().clone()
-    tolerance = _EXAMPLES * torch.finfo(dtype).eps * float(g.abs().sum(0).max())
-    assert torch.allclose(summed, plain, rtol=0, atol=tolerance), "the sums disagree"
-    cases: dict[str, Callable[[], object]] = {
-        "norms": lambda: row_dot(g, g),
-        "torch_norms": plain_norms,
-        "sum": lambda: add_rows(out, g, factors),
-        "torch_sum": plain_sum,
-        "blas_sum": lambda: out.addmv_(g.mT, factors.to(dtype)),
-    }
-    found = interleave(cases, options.iters, options.warmup)
-    row = _figures(count, options.dtype, found)
-    row |= {"examples": _EXAMPLES, "norms_ratio": row["torch_norms_ns"] / row["norms_ns"]}
-    for way in ("torch", "blas"):
-        row[f"{way}_sum_ratio"] = row[f"{way}_sum_ns"] / row["sum_ns"]
-    return row
+# --- in the processes -----------------------------------------------------------------------
 
 
-def _figures(count: int, dtype: str, found: dict[str, Spread]) -> Row:
-    row: Row = {"dtype": dtype, "bytes": count * DTYPES[dtype].itemsize, "elements": count}
-    for name, times in found.items():
-        for key, value in (("", times.median), ("_p10", times.p10), ("_p90", times.p90)):
-            row[f"{name}_ns{key}"] = 1e9 * value / count
-    return row
+def _started(n: int, target: Callable[..., int], *arguments: Any) -> Any:
+    """Return what ``target(*arguments, file)`` in n processes wrote to the file as JSON."""
+    with tempfile.TemporaryDirectory(prefix="gossamer-") as folder:
+        result = Path(folder) / "result.json"
+        status = run_processes(n, _told, target, *arguments, str(result))
+        if status != 0:
+            raise ConfigError(f"bench private: the {n} processes ended with status {status}")
+        return json.loads(result.read_text())
 
 
-def _check(dtype: torch.dtype) -> None:
-    def after(way: Callable[[_Step], object]) -> tuple[Tensor, Tensor]:
-        step = _Step(_CHECKED, dtype)
-        way(step)
-        return step.average[:, :_CHECKED], step.x[:, :_CHECKED]  # padding is not released
+def _told(target: Callable[..., int], *arguments: Any) -> int:
+    """Run the target; an error of ours is one message."""
+    try:
+        return target(*arguments)
+    except ConfigError as error:
+        print(f"gossamer: {error}")
+        return 2
 
-    found, expected = after(_Step.fused), after(_Step.unfused)
-    right = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert right, "one pass and several do not come to the same bits"
+
+def _join() -> Communicator:
+    """Return the ranks of the started processes; torch's default group is gloo's, for Opacus."""
+    torch.set_num_threads(1)
+    # Opacus' hooks on the first layer, whose inputs need no gradients: once a step.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    n = int(os.environ["WORLD_SIZE"])
+    if n == 1:
+        return Communicator(build("ring", 1), StackedTransport())
+    dist.init_process_group(
+        "gloo",
+        init_method=os.environ["GOSSAMER_RENDEZVOUS"],
+        rank=int(os.environ["RANK"]),
+        world_size=n,
+        timeout=timedelta(seconds=_TIMEOUT_S),
+    )
+    transport = join_torch(torch.device("cpu"), _TIMEOUT_S)
+    return Communicator(build("ring", n), transport, timeout_s=_TIMEOUT_S)
+
+
+def _time_child(model: PrivateModel, iters: int, warmup: int, result: str) -> int:
+    comm = _join()
+    _check(model, comm)
+    steps = {way: make_way(way, model, comm) for way in WAYS}
+    spent = torch.zeros(2, len(steps), iters, dtype=torch.float64)  # by the clock, and of the CPU
+    for k in range(-warmup, iters):
+        batch = model.batch(comm.ranks.start, k)
+        for c in range(len(WAYS)):
+            c = (c + k) % len(WAYS)
+            comm.barrier()
+            begin, busy = time.perf_counter(), time.process_time()
+            steps[WAYS[c]].run(batch)
+            if k >= 0:
+                spent[0, c, k] = time.perf_counter() - begin
+                spent[1, c, k] = time.process_time() - busy
+    slowest = comm.all_gather(spent.reshape(1, -1)).amax(0).view_as(spent)
+    if comm.ranks.start == 0:
+        seconds, busy_s = (dict(zip(WAYS, times, strict=True)) for times in slowest.tolist())
+        count = len(steps["plain"].flat())
+        document = {"seconds": seconds, "cpu_seconds": busy_s, "parameters": count}
+        Path(result).write_text(json.dumps(document))
+    return _leave(comm)
+
+
+def _check(model: PrivateModel, comm: Communicator) -> None:
+    """Compare the private ways' first steps without noise.
+
+    Raises:
+        ConfigError: one of them moves the parameters elsewhere than by rounding.
+    """
+    batch = model.batch(comm.ranks.start, 0)
+    moves: dict[str, Tensor] = {}
+    for way in ("dp", "opacus", "opacus ghost"):
+        step = make_way(way, replace(model, noise_multiplier=0.0), comm)
+        before = step.flat()
+        step.run(batch)
+        moves[way] = step.flat() - before
+    for way, move in moves.items():
+        away = float((move - moves["dp"]).norm() / moves["dp"].norm())
+        # Norms may be counted 1 % too large, for the rounding of float32.
+        if not away < 2e-2:
+            raise ConfigError(
+                f"bench private: without noise the steps of dp and {way} are {away:.1e} apart on "
+                f"the {model.name}; the times would be of different things"
+            )
+
+
+def _memory_child(model: PrivateModel, way: str, result: str) -> int:
+    comm = _join()
+    _two_steps(way, model.tiny(), comm)  # what is loaded once is no memory of a step
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _resident("VmRSS")
+    _two_steps(way, model, comm)
+    peak = torch.tensor([[_resident("VmHWM") - before]], dtype=torch.float64)
+    most = float(comm.all_reduce(peak, "max"))
+    if comm.ranks.start == 0:
+        Path(result).write_text(json.dumps(most / _MIB))
+    return _leave(comm)
+
+
+def _two_steps(way: str, model: PrivateModel, comm: Communicator) -> None:
+    step = make_way(way, model, comm)
+    for k in range(2):
+        step.run(model.batch(comm.ranks.start, k))
+
+
+def _resident(key: str) -> float:
+    """Return bytes of /proc/self/status: VmRSS now, VmHWM at the peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024.0 * int(line.split()[1])
+    raise AssertionError(f"no {key} in /proc/self/status")
+
+
+def _leave(comm: Communicator) -> int:
+    comm.barrier()
+    comm.close()
+    with suppress(ValueError, AssertionError):  # there is no group of one process
+        dist.destroy_process_group()
+    return 0

@@ -6,17 +6,21 @@ from typing import Annotated
 
 import typer
 
+from gossamer.launch.commands.bench_options import (
+    Dtype,
+    Factor,
+    Iters,
+    Json,
+    MaxBytes,
+    MinBytes,
+    Warmup,
+    integers,
+)
+from gossamer.launch.commands.bench_private import private, release
+
 __all__ = ["app"]
 
 app = typer.Typer(help="Measure what mixing and messages cost here.", no_args_is_help=True)
-
-MinBytes = Annotated[str, typer.Option(help="Smallest message: 8, 64K, 256M.")]
-MaxBytes = Annotated[str, typer.Option(help="Largest message.")]
-Factor = Annotated[float, typer.Option(help="From one size to the next.")]
-Iters = Annotated[int, typer.Option(min=1, help="Samples per figure.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Samples thrown away first.")]
-Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -50,7 +54,7 @@ def collectives(
     sizes = parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup
     sweeps = [Options(*sizes, dtype) for dtype in dtypes.split(",")]
     request = CollectivesRequest(
-        transport, _integers("--ranks", ranks, 2), operations.split(","), sweeps
+        transport, integers("--ranks", ranks, 2), operations.split(","), sweeps
     )
     with Console(stderr=True).status("") as status:
         found = measure(request, status.update)
@@ -112,7 +116,7 @@ def overlap(
     from gossamer.launch.bench.overlap import overlap as measure
 
     options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
-    request = OverlapRequest(transports.split(","), _integers("--ranks", ranks, 2), options)
+    request = OverlapRequest(transports.split(","), integers("--ranks", ranks, 2), options)
     with Console(stderr=True).status("") as status:
         rows = measure(request, status.update)
     if rows is None:
@@ -158,7 +162,7 @@ def ddp(
     from gossamer.launch.bench.measure import print_rows, text, text_spread
 
     request = DDPRequest(
-        _integers("--ranks", ranks, 2), _integers("--widths", widths, 4), batch, iters, warmup
+        integers("--ranks", ranks, 2), integers("--widths", widths, 4), batch, iters, warmup
     )
     with Console(stderr=True).status("") as status:
         rows = measure(request, status.update)
@@ -180,6 +184,10 @@ def ddp(
         as_json=as_json,
     )
     return 0
+
+
+app.command()(private)
+app.command()(release)
 
 
 @app.command()
@@ -225,67 +233,6 @@ def random(
             "torch: x.add_(torch.randn(n), alpha=a); in place: x.add_(z.normal_(), alpha=a)\n"
             "share: a plain copy's time over ours"
         )
-    return 0
-
-
-@app.command()
-def private(
-    min_bytes: MinBytes = "64K",
-    max_bytes: MaxBytes = "64M",
-    factor: Factor = 32,
-    iters: Iters = 15,
-    warmup: Warmup = 2,
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    as_json: Json = False,
-) -> int:
-    """Norms, sums, noise, filter and update of a private step on one core, against plain torch."""
-    from rich.console import Console
-
-    from gossamer.launch.bench.measure import Options, parse_bytes, print_rows, text, text_spread
-    from gossamer.launch.bench.private import LEGEND, examples
-    from gossamer.launch.bench.private import private as measure
-
-    options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
-    with Console(stderr=True).status("drawing"):
-        rows, summed = measure(options), examples(options)
-    print_rows(
-        rows,
-        {
-            "bytes": text("bytes"),
-            "fused (p10-p90)": text_spread("fused_ns", 1),
-            "unfused (p10-p90)": text_spread("unfused_ns", 1),
-            "/ fused": text("unfused_ratio", "{:.2f}"),
-            "torch, 4 (p10-p90)": text_spread("torch_four_ns", 1),
-            "/ fused ": text("torch_four_ratio", "{:.2f}"),
-            "torch, 1": text("torch_one_ns", "{:.1f}"),
-            "/ fused  ": text("torch_one_ratio", "{:.2f}"),
-            "normals": text("normals_ns", "{:.1f}"),
-            "rest": text("rest_ns", "{:.2f}"),
-            "limit": text("limit_ns", "{:.2f}"),
-            "its share": text("rest_share", "{:.0%}"),
-        },
-        title="private",
-        as_json=as_json,
-        extra={"examples": summed},
-    )
-    if not as_json:
-        print_rows(
-            summed,
-            {
-                "bytes": text("bytes"),
-                "norms (p10-p90)": text_spread("norms_ns", 2),
-                "torch (p10-p90)": text_spread("torch_norms_ns", 2),
-                "/ norms": text("norms_ratio", "{:.1f}"),
-                "sum (p10-p90)": text_spread("sum_ns", 2),
-                "torch  (p10-p90)": text_spread("torch_sum_ns", 2),
-                "/ sum": text("torch_sum_ratio", "{:.1f}"),
-                "gemv": text("blas_sum_ns", "{:.2f}"),
-                "/ sum ": text("blas_sum_ratio", "{:.2f}"),
-            },
-            title="64 examples",
-            as_json=False,
-        )
-        typer.echo(LEGEND)
     return 0
 
 
@@ -366,7 +313,7 @@ def simulate(
 
     options = Options(parse_bytes(min_bytes), parse_bytes(max_bytes), factor, iters, warmup, dtype)
     with Console(stderr=True).status("mixing"):
-        rows = measure(graphs.split(","), _integers("--ranks", ranks, 2), options)
+        rows = measure(graphs.split(","), integers("--ranks", ranks, 2), options)
     fitted = fit(rows)
     print_rows(
         rows,
@@ -397,12 +344,3 @@ def simulate(
             f"(R2 {fitted['r2']:.3f}, at most {fitted['worst']:.0%} off)."
         )
     return 0
-
-
-def _integers(flag: str, text: str, least: int) -> list[int]:
-    from gossamer.runtime.errors import ConfigError
-
-    words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) >= least for word in words):
-        raise ConfigError(f"{flag}: '{text}' must be numbers of at least {least}: 2,4,8")
-    return [int(word) for word in words]

@@ -15,8 +15,10 @@ from gossamer.algorithms.privacy import clipping
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
 from gossamer.algorithms.privacy.dp import DP
+from gossamer.algorithms.privacy.noise import SecretNoise
 from gossamer.algorithms.problems import Batch
 from gossamer.algorithms.program import TrainingProgram
+from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import Communicator, ConfigError, StackedTransport, row_norm
 from gossamer.runtime.component import validate
 from gossamer.runtime.perturb import perturb_
@@ -36,6 +38,21 @@ def test_the_sum_is_the_same_for_any_number_of_ranks_and_micro_batches(n, micro)
         estimate = made.oracle(made.state.x, made._batches()[0])
         means.append(estimate.grad.mean(0))
     torch.testing.assert_close(means[1], means[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_a_bfloat16_model_has_its_sum_and_noise_in_float32(hidden):
+    task = problem(hidden=hidden)
+    task.module.bfloat16()
+    task.train = TensorDataset((task.train.tensors[0].bfloat16(), task.train.tensors[1]))
+    made = program(noise_multiplier=1.0, task=task)
+    x, batch = made.state.x, made._batches()[0]
+    found = made.oracle.inner.clipped(x, batch, made.oracle._clip)
+    assert (x.dtype, found.grad.dtype) == (torch.bfloat16, torch.float32)
+    run(made, 3)
+    assert made.state.x.dtype == torch.bfloat16
+    assert torch.isfinite(made.state.x).all()
+    assert made.oracle.statement()["privacy"]["steps"] == 3
 
 
 KINDS = ["flat", "auto-s", "auto-v", "per-layer", "reparametrised", "global"]
@@ -123,6 +140,13 @@ def test_ranks_with_one_key_are_an_error(mode, monkeypatch):
     algorithm = DSGD(optimizer=SGD(lr=0.1))
     with pytest.raises(ConfigError, match="two ranks would draw the same"):
         program(4, noise_multiplier=1, noise_mode="local", algorithm=algorithm)
+
+
+def test_replicated_noise_that_differs_between_ranks_is_an_error(monkeypatch):
+    # Independent draws of sigma C / n each would leave sigma C / sqrt(n) in the sum.
+    monkeypatch.setattr(SecretNoise, "_digest", lambda self, layout, i: i)
+    with pytest.raises(ConfigError, match="replicated, but the ranks' noise differs"):
+        program(4, noise_multiplier=1, noise_mode="replicated")
 
 
 def test_without_a_seed_two_runs_draw_other_noise():

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
-from gossamer.algorithms.oracles.per_sample_terms import Dense, add_weighted, squared_norms
+from gossamer.algorithms.oracles.per_sample_terms import (
+    Dense,
+    Outer,
+    add_weighted,
+    full_precision,
+    squared_norms,
+)
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import ConfigError, RowLayout
@@ -151,7 +159,8 @@ def reference(problem, layout, points, inputs):
 
 
 def found(problem, inputs, points, clip, layout):
-    out = torch.zeros(layout.d, dtype=layout.dtype)
+    wide = torch.float64 if layout.dtype == torch.float64 else torch.float32
+    out = torch.zeros(layout.d, dtype=wide)
     gradients = PerSampleGradients(problem, layout)
     gradients.add_clipped(points, inputs, clip, out, lambda row: layout.bind(problem.module, row))
     return gradients, out
@@ -202,6 +211,61 @@ def test_an_example_whose_positions_cancel_is_still_bounded():
             one = tuple(t[k : k + 1] for t in inputs)
             _, total = found(problem, one, points, clip, layout)
             assert total.norm() <= 1.0 + 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    positions=st.sampled_from([1, 2, 9, 40]),
+    width=st.sampled_from([1, 7, 256, 600]),
+    powers=st.tuples(st.sampled_from([-30, -20, 0, 9]), st.sampled_from([-30, -20, 0, 9])),
+    cancelled=st.sampled_from([0.0, 1e-6, 1e-3, 1.0]),
+)
+def test_norms_from_float32_products_are_never_too_small(seed, positions, width, powers, cancelled):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(3, positions, width, generator=generator)
+    e = torch.randn(3, positions, 5, generator=generator)
+    # The second half takes the first one back, but for a share.
+    a[:, positions // 2 :] = a[:, : positions - positions // 2].clone()
+    e[:, positions // 2 :] = (cancelled - 1) * e[:, : positions - positions // 2].clone()
+    term = Outer(a * 10.0 ** powers[0], e * 10.0 ** powers[1])
+    exact = torch.einsum("mtq,mtp->mqp", term.e.double(), term.a.double()).flatten(1).norm(dim=1)
+    slack = term.rounding().double()
+    norms = term.squares().sqrt() + slack
+    assert (norms >= exact).all()
+    assert (norms <= 1.011 * exact + 1.2 * slack).all()
+
+
+@pytest.mark.parametrize("name", ["mlp", "sequence", "conv", "layer norm", "bare parameter"])
+def test_norms_and_sums_of_a_bfloat16_module_are_float32(name):
+    problem, inputs = classification(name, torch.bfloat16)
+    layout, clip = RowLayout(problem.module), Bound()
+    points = points_of(problem, layout, 1)
+    gradients, total = found(problem, inputs, points, clip, layout)
+    assert gradients.is_tapped == (name not in UNTAPPED)
+    assert total.dtype == torch.float32
+    # The gradients that came back through the module are rounded; what is made of them is not.
+    each = reference(problem, layout, points, inputs).double()
+    torch.testing.assert_close(
+        clip.squares.double().sum(1).sqrt(), each.norm(dim=1), rtol=0.03, atol=0
+    )
+    alone = []
+    for k in range(M):
+        one, bound = tuple(t[k : k + 1] for t in inputs), Bound()
+        alone.append(found(problem, one, points, bound, layout)[1])
+        assert alone[-1].norm() <= bound.norm * (1 + 1e-5)
+    torch.testing.assert_close(total, torch.stack(alone).sum(0), rtol=0.03, atol=0.003)
+
+
+def test_a_lower_precision_of_products_is_put_back_after_the_sums():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])

@@ -211,9 +211,9 @@ def test_random_checks_and_times_all_ways(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_private_checks_and_times_all_ways(dtype):
+def test_release_checks_and_times_all_ways(dtype):
     arguments = ("--min-bytes=8", "--max-bytes=4K", "--factor=512", "--iters=2", f"--dtype={dtype}")
-    status, out, err = bench("private", *arguments, "--json")
+    status, out, err = bench("release", *arguments, "--json")
     assert status == 0, err
     document = json.loads(out)
     rows = document["rows"]
@@ -240,7 +240,7 @@ def test_what_must_move_counts_rows_read_and_written():
         (["collectives", "--dtypes=int8"], "--dtype: unknown dtype 'int8'"),
         (["simulate", "--graphs=rign"], "rign"),
         (["simulate", "--min-bytes=many"], "'many' is not a size"),
-        (["private", "--dtype=bfloat16"], "--dtype: 'bfloat16' has no private sums"),
+        (["release", "--dtype=bfloat16"], "--dtype: 'bfloat16' has no private sums"),
     ],
 )
 def test_bad_arguments_end_with_status_2_and_say_why(arguments, message):
