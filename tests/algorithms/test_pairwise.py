@@ -9,12 +9,14 @@ from private_for_tests import noisy, problem, program, run
 from thread_ranks import WireTransport, on_processes
 
 from gossamer.algorithms.decentralized.dnasa import DNASA
+from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.gradient_tracking import GradientTracking
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.privacy.accounting import Segment
 from gossamer.algorithms.privacy.accounting import spent as epsilon_of
 from gossamer.algorithms.privacy.noise import SecretNoise
 from gossamer.algorithms.privacy.pairwise import PairwiseNoise, alone_multipliers, partners
+from gossamer.algorithms.tasks.bundled import Digits
 from gossamer.runtime import Communicator, ConfigError, RowLayout, StackedTransport
 from gossamer.topologies import build
 
@@ -234,6 +236,7 @@ def test_each_rank_has_its_epsilon_where_shards_differ(monkeypatch):
     task = problem(4, 203)
     task.shards = tuple(np.split(np.arange(203), [60, 120, 160]))
     options = {"noise_multiplier": 1.0, "delta": 1e-4, "task": task, "algorithm": DNASA()}
+    options["accountant"] = "rdp"
     made = run(program(4, backprop={"batch_size": 10}, **options), 3)
     counted = []
 
@@ -244,9 +247,31 @@ def test_each_rank_has_its_epsilon_where_shards_differ(monkeypatch):
     monkeypatch.setattr("gossamer.algorithms.privacy.accounting.spent", count)
     said = made.oracle.statement()["privacy"]
     each = said["epsilon_if_secret_per_rank"]
-    assert each == [epsilon_of([Segment(1.0, 10 / n, 3)], 1e-4) for n in (60, 60, 40, 43)]
+    assert each == [epsilon_of([Segment(1.0, 10 / n, 3)], 1e-4, "rdp") for n in (60, 60, 40, 43)]
     assert said["epsilon_if_secret"] == max(each) == each[2]
     assert len(counted) == 3  # once for each distinct rate
+
+
+def digits_accuracy(graph, seed, **options):
+    """After 80 steps of DSGD on 8 ranks."""
+    task = Digits(model="mlp", hidden=(16,)).build(8, seed)
+    options = {"accountant": "rdp", "steps": 80, "topology": build(graph, 8), **options}
+    algorithm = options.pop("algorithm", None) or DSGD(optimizer=SGD(lr=0.5))
+    backprop = {"batch_size": 45}
+    made = program(8, task=task, backprop=backprop, seed=seed, algorithm=algorithm, **options)
+    return run(made, 80).evaluate()["accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_where_all_share_noise_one_rank_learns_as_little_from_half_the_own_noise(seed):
+    """On a complete graph one average takes all shared noise out; on a ring little is gained."""
+    sigma, own, shared = 10.31, 5.156, 5.156  # epsilon .5 by itself, and against one rank
+    pairs = partners(build("complete", 8))
+    assert alone_multipliers(pairs, own, shared, [1.0] * 8).min() >= sigma
+    local = digits_accuracy("complete", seed, noise_multiplier=sigma, noise_mode="local")
+    options = {**PAIRWISE, "pairwise_multiplier": shared, "noise_multiplier": own}
+    assert digits_accuracy("complete", seed, **options) > local + 0.04
 
 
 # --- what is refused --------------------------------------------------------------------------
