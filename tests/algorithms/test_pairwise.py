@@ -18,6 +18,7 @@ from gossamer.algorithms.privacy.noise import SecretNoise
 from gossamer.algorithms.privacy.pairwise import PairwiseNoise, alone_multipliers, partners
 from gossamer.algorithms.tasks.bundled import Digits
 from gossamer.runtime import Communicator, ConfigError, RowLayout, StackedTransport
+from gossamer.runtime.perturb import perturb_
 from gossamer.topologies import build
 
 PAIRWISE = {"noise_mode": "pairwise", "pairwise_multiplier": 30.0}
@@ -38,7 +39,9 @@ def own_noise(made, calls):
     found = []
     for t in range(calls):
         rows = torch.zeros_like(made.state.x)
-        SecretNoise.add_(noise, rows, layout, t, noise.scales(2.0))
+        for row, terms in zip(rows, SecretNoise.terms(noise, t, noise.scales(2.0)), strict=True):
+            for seed, p in terms:
+                perturb_(row, layout, seed, p.step, p.probe, p.coefficient)
         found.append(torch.stack([layout.values(row) for row in rows]))
     return torch.stack(found)
 
