@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.algorithms.oracles.per_sample_terms import Dense, Lookup, Outer, Term
+from gossamer.algorithms.oracles.per_sample_terms import Dense, Lookup, Outer, Term, norms
 
 __all__ = ["Terms", "terms_of"]
 
@@ -94,7 +94,7 @@ def _scale_and_shift(normal: Tensor, e: Tensor, dims: int) -> dict[str, Term]:
 
 def _added(values: Tensor) -> Dense:
     """Return the sums over positions of (m, t, ...), and what their rounding may add."""
-    mass = values.flatten(2).norm(dim=2).sum(1)
+    mass = norms(values).sum(1)
     return Dense(values.sum(1), mass * (values.shape[1] * torch.finfo(values.dtype).eps))
 
 

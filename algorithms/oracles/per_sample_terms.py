@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "Lookup", "Outer", "Term", "add_weighted", "squared_norms"]
+__all__ = ["Dense", "Lookup", "Outer", "Term", "add_weighted", "norms", "squared_norms"]
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Outer:
 
     def rounding(self) -> Tensor:
         """Return bounds (m,) on what float32 sums over positions may add to a gradient."""
-        mass: Tensor = (self.a.norm(dim=2) * self.e.norm(dim=2)).sum(1)
+        mass = (norms(self.a) * norms(self.e)).sum(1)
         return mass * (self.a.shape[1] * torch.finfo(self.a.dtype).eps)
 
     @property
@@ -110,7 +110,7 @@ class Lookup:
 
     def rounding(self) -> Tensor:
         """Return bounds (m,) on what float32 sums over positions may add to a gradient."""
-        mass: Tensor = self.e.norm(dim=2).sum(1)
+        mass = norms(self.e).sum(1)
         return mass * (self.e.shape[1] * torch.finfo(self.e.dtype).eps)
 
     def add_to_(self, out: Tensor, factors: Tensor) -> None:
@@ -159,6 +159,12 @@ class Dense:
 Term = Outer | Lookup | Dense
 
 
+def norms(values: Tensor) -> Tensor:
+    """Return the norms (m, t) of (m, t, ...) over all but the first two dimensions."""
+    # Not norm(dim=2), which takes fifty times as long on a convolution's maps, transposed.
+    return values.flatten(2).square().sum(2).sqrt()
+
+
 def squared_norms(terms: Sequence[Term], shape: torch.Size) -> tuple[Tensor, list[Term]]:
     """Return the squared norms (m,) of the sum of one parameter's terms, float64, never too small.
 
@@ -177,7 +183,9 @@ def squared_norms(terms: Sequence[Term], shape: torch.Size) -> tuple[Tensor, lis
     dense = [term.dense(shape) for term in terms if isinstance(term, Dense)]
     merged: list[Term] = []
     if outer:  # positions side by side: the sum of outer products is one outer product
-        whole = Outer(torch.cat([o.a for o in outer], 1), torch.cat([o.e for o in outer], 1))
+        whole = outer[0]
+        if len(outer) > 1:
+            whole = Outer(torch.cat([o.a for o in outer], 1), torch.cat([o.e for o in outer], 1))
         merged.append(whole if whole.is_wide else whole.dense(shape))
     if lookup:
         tokens = torch.cat([term.tokens for term in lookup], 1)
@@ -213,8 +221,8 @@ def _total(terms: Sequence[Dense]) -> Dense:
     g = torch.stack([term.g for term in terms]).sum(0)
     slack = torch.stack([term.rounding() for term in terms]).sum(0)
     if len(terms) > 1:
-        norms = torch.stack([term.g.flatten(1).norm(dim=1) for term in terms]).sum(0)
-        slack = slack + norms * (len(terms) * torch.finfo(g.dtype).eps)
+        lengths = torch.stack([term.g.flatten(1).norm(dim=1) for term in terms]).sum(0)
+        slack = slack + lengths * (len(terms) * torch.finfo(g.dtype).eps)
     return Dense(g, slack)
 
 

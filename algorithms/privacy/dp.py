@@ -121,7 +121,7 @@ class DP(OracleWrapper):
         if problem.mixes_examples:
             raise ConfigError(
                 "task.standardize: the mean and spread of all examples are in each of them, which "
-                "dp does not protect; scale by public constants, and leave it out"
+                "dp does not protect; scale by public constants (task.normalize), and leave it out"
             )
         if not sizes:
             raise ConfigError("oracle: dp needs a finite dataset, the task is a stream")
