@@ -69,9 +69,10 @@ PAPER = Paper(
         "that counts: with each rate tuned there is no gain, as the tuned rows show.",
         "It gains where that product comes near 1: few steps, large rates, many examples.",
         "Of first order it is momentum with bias correction: DP-SGD with momentum .9 at a tenth of "
-        "the rate does as well. What is new of it are higher orders, which are not tried here.",
+        "the rate does as well, or better where its slow start helps. Higher orders, which would "
+        "be new, are not tried here.",
         "The paper's own tables (CIFAR-10 and -100 from scratch, RoBERTa) are not run here; who "
-        "ran them again found gains of a point or less, and losses (arXiv:2511.08841).",
+        "ran them again found gains of at most 1.4 points, and losses (arXiv:2511.08841).",
         "The seeds of these runs make their noise too: they repeat, and protect nobody.",
     ),
 )

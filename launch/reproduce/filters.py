@@ -25,10 +25,11 @@ from gossamer.launch.reproduce.private import (
     best,
     run_cells,
 )
-from gossamer.launch.reproduce.simulation import Laboratory
+from gossamer.launch.reproduce.simulation import Laboratory, Sample
 
 __all__ = [
     "DIGITS",
+    "DIGITS_TASK",
     "EPSILONS",
     "LARGE_RATES",
     "SAMPLED_DIGITS",
@@ -42,7 +43,7 @@ __all__ = [
 
 Values = dict[str, Any]
 
-POINT = 0.01
+_POINT = 0.01
 _EXAMPLES = 1437
 
 DIGITS_TASK: Values = {
@@ -65,21 +66,21 @@ _IMAGES: Values = {
     "normalize": [0.3, 0.37],
     "test_examples": 360,
 }
-SMALL_CONVNET = Setting(
+_SMALL_CONVNET = Setting(
     "digits, two convolutions of 8 and 16 maps, batch 128, 100 steps",
     {**_IMAGES, "channels": [8, 16], "groups": [2, 4]},
     _EXAMPLES,
     100,
     128,
 )
-CONVNET = Setting(
+_CONVNET = Setting(
     "digits, two convolutions of 16 and 32 maps, batch 256, 100 steps",
     {**_IMAGES, "channels": [16, 32], "groups": 4, "global_pool": True},
     _EXAMPLES,
     100,
     256,
 )
-CHARACTERS = Setting(
+_CHARACTERS = Setting(
     "characters of Python's documentation, batch 2048, 200 steps",
     {"name": "custom", "build": "gossamer.launch.reproduce.problems:characters"},
     200_000,
@@ -87,7 +88,7 @@ CHARACTERS = Setting(
     2048,
     delta=1e-6,
 )
-MNIST = Setting(
+_MNIST = Setting(
     "MNIST, 8,000 images, two convolutions of 8 and 16 maps, batch 256, 60 steps",
     {
         "name": "mnist",
@@ -148,7 +149,7 @@ def small_convolutions(
     lab: Laboratory, methods: Sequence[str], cells: Sequence[Cell] = _SMALL_CELLS
 ) -> Iterator[Claim]:
     """Digits seen by a small convolutional network, at a tuned rate and at a large one."""
-    yield from _at_cells("CNN", lab, SMALL_CONVNET, methods, cells, _SMALL_BOUNDS)
+    yield from _at_cells("CNN", lab, _SMALL_CONVNET, methods, cells, _SMALL_BOUNDS)
 
 
 def mnist(lab: Laboratory, methods: Sequence[str]) -> Iterator[Claim]:
@@ -157,7 +158,7 @@ def mnist(lab: Laboratory, methods: Sequence[str]) -> Iterator[Claim]:
         why = f"not run: set {DATA_VARIABLE} to a folder with mnist10k"
         yield skipped(f"MNIST: {', '.join(methods)} - {BASELINE}, points", "", why)
         return
-    yield from _at_cells("MNIST", lab, MNIST, methods, _MNIST_CELLS, {})
+    yield from _at_cells("MNIST", lab, _MNIST, methods, _MNIST_CELLS, {})
 
 
 def _at_cells(
@@ -181,7 +182,7 @@ def _at_cells(
         )
         for method in methods:
             sample = runs[method, epsilon, lr]
-            gain = Gain.of(sample.last("accuracy"), plain.last("accuracy"), POINT)
+            gain = Gain.of(sample.last("accuracy"), plain.last("accuracy"), _POINT)
             ratio = float(sample.last(setting.loss).mean()) / loss
             bound = bounds.get((method, epsilon, lr), Bound())
             where = f"The same, epsilon = {epsilon:g}, lr = {lr:g}: {method}"
@@ -221,7 +222,7 @@ def tuned_rates(
             gain = Gain.of(
                 runs[method, epsilon, lr].last("accuracy"),
                 runs[BASELINE, epsilon, at].last("accuracy"),
-                POINT,
+                _POINT,
             )
             claim = (
                 f"The same, epsilon = {epsilon:g}: best of {method} - best of {BASELINE}, points"
@@ -247,12 +248,12 @@ def convolutions(
     """
     epsilon = 4.0
     grid = {m: (rates or {}).get(m, _CONVNET_RATES) for m in (BASELINE, *methods)}
-    runs: dict[tuple[str, float, float], Any] = {}
+    runs: dict[tuple[str, float, float], Sample] = {}
     for method, tried in grid.items():
-        runs |= run_cells(lab, CONVNET, [method], [(epsilon, lr) for lr in tried])
+        runs |= run_cells(lab, _CONVNET, [method], [(epsilon, lr) for lr in tried])
     plain, at = best(runs, BASELINE, epsilon, grid[BASELINE])
     yield shown(
-        f"CNN: {CONVNET.title}, epsilon = {epsilon:g}: {BASELINE}: best accuracy",
+        f"CNN: {_CONVNET.title}, epsilon = {epsilon:g}: {BASELINE}: best accuracy",
         plain,
         lab.seeds,
         _over_rates(runs, BASELINE, epsilon, grid[BASELINE]),
@@ -260,7 +261,7 @@ def convolutions(
     for method in methods:
         _, lr = best(runs, method, epsilon, grid[method])
         ours, theirs = runs[method, epsilon, lr], runs[BASELINE, epsilon, at]
-        gain = Gain.of(ours.last("accuracy"), theirs.last("accuracy"), POINT)
+        gain = Gain.of(ours.last("accuracy"), theirs.last("accuracy"), _POINT)
         claim = f"The same: best of {method} - best of {BASELINE}, points"
         note = f"{gain}; {_over_rates(runs, method, epsilon, grid[method])}"
         if method in _WINNERS:
@@ -285,11 +286,11 @@ def characters(
 ) -> Iterator[Claim]:
     """200,000 windows of text: many examples, little noise in each step."""
     epsilon = 0.5
-    runs = run_cells(lab, CHARACTERS, (BASELINE, *methods), [(epsilon, lr) for lr in rates])
+    runs = run_cells(lab, _CHARACTERS, (BASELINE, *methods), [(epsilon, lr) for lr in rates])
     for lr in rates:
         plain = runs[BASELINE, epsilon, lr].last("test_loss")
         yield shown(
-            f"Text: {CHARACTERS.title}, epsilon = {epsilon:g}, lr = {lr:g}: {BASELINE}: test loss",
+            f"Text: {_CHARACTERS.title}, epsilon = {epsilon:g}, lr = {lr:g}: {BASELINE}: test loss",
             float(plain.mean()),
             lab.seeds,
         )
