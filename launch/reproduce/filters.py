@@ -153,7 +153,7 @@ def small_convolutions(
 
 
 def mnist(lab: Laboratory, methods: Sequence[str]) -> Iterator[Claim]:
-    """MNIST at one epsilon: a tuned rate and a large one."""
+    """MNIST at one epsilon and two rates."""
     if find_data("mnist10k") is None:
         why = f"not run: set {DATA_VARIABLE} to a folder with mnist10k"
         yield skipped(f"MNIST: {', '.join(methods)} - {BASELINE}, points", "", why)

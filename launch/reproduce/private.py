@@ -141,7 +141,8 @@ class Gain:
         return cls(float(apart.mean()), error)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3g} (se {self.error:.2g})"
+        error = "" if math.isnan(self.error) else f" (se {self.error:.2g})"
+        return f"{self.mean:+.3g}{error}"
 
 
 def run_cells(

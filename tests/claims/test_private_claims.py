@@ -96,6 +96,7 @@ def test_a_gain_is_the_mean_of_the_pairs_with_its_standard_error():
     assert gain.mean == pytest.approx(4.0)
     assert gain.error == pytest.approx(2.0 / 3**0.5)  # pairs 4, 6, 2
     assert str(gain) == "+4 (se 1.2)"
+    assert str(Gain.of(ours[:1], theirs[:1])) == "+2"
 
 
 def test_the_text_is_predicted_from_eight_characters():
