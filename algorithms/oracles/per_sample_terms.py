@@ -159,7 +159,7 @@ class Lookup:
 
     def rounding(self) -> Tensor:
         """Return bounds (m,) on what float32 sums over positions may add to a gradient."""
-        mass: Tensor = self.e.norm(dim=2).sum(1)
+        mass = lengths_of(self.e).sum(1)
         return mass * (self.e.shape[1] * torch.finfo(self.e.dtype).eps)
 
     def add_to_(self, out: Tensor, factors: Tensor) -> None:

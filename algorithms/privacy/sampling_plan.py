@@ -22,7 +22,7 @@ def require_countable(plan: DataPlan, inner: Oracle, problem: Problem) -> None:
     if problem.mixes_examples:
         raise ConfigError(
             "task.standardize: the mean and spread of all examples are in each of them, which dp "
-            "does not protect; scale by public constants, and leave it out"
+            "does not protect; scale by public constants (task.normalize), and leave it out"
         )
     if not problem.shards:
         raise ConfigError("oracle: dp needs a finite dataset, the task is a stream")

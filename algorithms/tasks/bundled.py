@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import Literal
+from functools import cache
 
 import numpy as np
 from pydantic import Field
 from sklearn import datasets
 
-from gossamer.algorithms.tasks.classification import ClassificationTask, Table
+from gossamer.algorithms.tasks.classification import ClassificationTask, Model, Table
 
 __all__ = ["BreastCancer", "Digits", "Wine"]
+
+
+@cache
+def _digits() -> Table:
+    # Kept: scikit-learn reads numbers written out, which takes longer than many a small run.
+    data = datasets.load_digits()
+    return Table(data.images / 16, data.target.astype(np.int64))
 
 
 class _Bundled(ClassificationTask, ABC):
@@ -26,15 +33,14 @@ class Digits(_Bundled):
     """Handwritten digits: 1,797 images of 8x8 pixels in 0..1, ten classes (UCI)."""
 
     name: str = "digits"
-    model: Literal["linear", "mlp", "cnn"] = "mlp"
-    """`linear` (with a bias), `mlp` (see `hidden`), or `cnn` (LeNet)."""
+    model: Model = "mlp"
+    """`linear` (with a bias), `mlp` (`hidden`), `cnn` (LeNet), or `convnet` (see `channels`)."""
     test_examples: int = Field(357, ge=0, strict=True)
     """How many examples are held out as the test set; 357 leaves 1,440 to train on."""
 
     def read(self) -> tuple[Table, Table | None]:
         """Return the images, scaled by 1/16; no test set."""
-        data = datasets.load_digits()
-        return Table(data.images / 16, data.target.astype(np.int64)), None
+        return _digits(), None
 
 
 class BreastCancer(_Bundled):

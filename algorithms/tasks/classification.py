@@ -16,6 +16,7 @@ from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.models import (
     Activation,
     Initialisation,
+    convnet,
     initialise_,
     lenet,
     mlp,
@@ -26,9 +27,10 @@ from gossamer.algorithms.tasks.partition import ShardedTask
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import Random
 
-__all__ = ["ClassificationTask", "Table"]
+__all__ = ["ClassificationTask", "Model", "Table"]
 
 Count = Annotated[int, Field(ge=1, strict=True)]
+Model = Literal["linear", "mlp", "cnn", "convnet"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,29 @@ class Table:
     def __getitem__(self, rows: np.ndarray | slice) -> Table:
         return Table(self.features[rows], self.labels[rows])
 
+    def scaled(self, mean: np.ndarray | float, deviation: np.ndarray | float) -> Table:
+        """Return the table with features (x - mean) / deviation."""
+        return replace(self, features=(self.features - mean) / deviation)
+
 
 class ClassificationTask(ShardedTask, ABC):
     """Train a small model to tell classes apart."""
 
-    model: Literal["linear", "mlp", "cnn"] = "linear"
-    """`linear` (with a bias), `mlp` (see `hidden`), or `cnn` (LeNet, for images)."""
+    model: Model = "linear"
+    """`linear` (with a bias), `mlp` (see `hidden`), or for images `cnn` (LeNet) and `convnet`
+    (convolutions with GroupNorm, see `channels`)."""
     hidden: tuple[Count, ...] = (64,)
     """Widths of the mlp's hidden layers."""
     activation: Activation = "tanh"
-    """Between the layers of the mlp and the cnn: `tanh` or `relu`."""
+    """Between the layers of a deep model: `tanh` or `relu`."""
+    channels: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 32)
+    """Maps of the convnet's stages: a 3x3 convolution, GroupNorm, the activation, and a pooling
+    that halves the image."""
+    groups: Count | tuple[Count, ...] = 4
+    """Groups of the convnet's normalisations: one number for all stages or one for each; divisors
+    of `channels`."""
+    global_pool: bool = False
+    """The convnet's last stage averages each map over the whole image, instead of halving it."""
     init: Initialisation = "torch"
     """x0: `torch` (the layers' own rule), `normal` (N(0, 1 / fan_in), zero biases), or `zeros`
     (linear models only)."""
@@ -71,6 +86,9 @@ class ClassificationTask(ShardedTask, ABC):
     """Adds nonconvex * sum x^2 / (1 + x^2) over all parameters to each f_i."""
     standardize: bool = False
     """Give every feature mean 0 and (population) standard deviation 1 over the training set."""
+    normalize: tuple[float, Annotated[float, Field(gt=0)]] | None = None
+    """(mean, deviation): every feature becomes (x - mean) / deviation, by these constants, which
+    unlike those of `standardize` tell nothing of the examples."""
     shuffle: bool = False
     """Permute the training set by the seed before `test_examples` are taken from its end."""
     test_examples: int = Field(0, ge=0, strict=True)
@@ -81,15 +99,41 @@ class ClassificationTask(ShardedTask, ABC):
     dtype: Literal["float32", "float64"] = "float32"
     """Of features and parameters."""
 
-    @field_validator("hidden", "activation")
+    @field_validator("hidden", "activation", "channels", "groups", "global_pool")
     @classmethod
-    def _layers_need_a_deep_model(cls, value: object, info: ValidationInfo) -> object:
-        model = info.data.get("model", "mlp")
-        takes = {"hidden": ("mlp",), "activation": ("mlp", "cnn")}[str(info.field_name)]
-        default = cls.model_fields[str(info.field_name)].default
-        if model not in takes and value != default:
-            raise ValueError(f"has no effect with model: {model}; set model: mlp, or leave it out")
+    def _layers_need_their_model(cls, value: object, info: ValidationInfo) -> object:
+        field, model = str(info.field_name), info.data.get("model")
+        takes = {"hidden": ("mlp",), "activation": ("mlp", "cnn", "convnet")}.get(
+            field, ("convnet",)
+        )
+        if model not in (None, *takes) and value != cls.model_fields[field].default:
+            raise ValueError(
+                f"has no effect with model: {model}; set model: {takes[0]}, or leave it out"
+            )
         return value
+
+    @field_validator("groups")
+    @classmethod
+    def _groups_divide_channels(
+        cls, groups: int | tuple[int, ...], info: ValidationInfo
+    ) -> int | tuple[int, ...]:
+        channels = info.data.get("channels", ())
+        each = (groups,) * len(channels) if isinstance(groups, int) else groups
+        if len(each) != len(channels) or any(c % g for c, g in zip(channels, each, strict=True)):
+            raise ValueError(
+                f"must be a divisor of every one of channels, {list(channels)}, or a list with a "
+                "divisor for each"
+            )
+        return groups
+
+    @field_validator("normalize")
+    @classmethod
+    def _features_are_scaled_once(
+        cls, normalize: tuple[float, float] | None, info: ValidationInfo
+    ) -> tuple[float, float] | None:
+        if normalize is not None and info.data.get("standardize"):
+            raise ValueError("standardize scales the features already; keep one of the two")
+        return normalize
 
     @field_validator("init")
     @classmethod
@@ -110,8 +154,10 @@ class ClassificationTask(ShardedTask, ABC):
                 fewer examples than ranks.
         """
         train, test = self._hold_out(*self.read(), seed)
-        if self.standardize:
-            train, test = _standardized(train, test)
+        constants = _mean_and_deviation(train) if self.standardize else self.normalize
+        if constants is not None:
+            train = train.scaled(*constants)
+            test = None if test is None else test.scaled(*constants)
         classes = int(max(t.labels.max() for t in (train, test) if t is not None)) + 1
         train = self._first(train)
         module = self._model(train.features.shape[1:], classes, seed)
@@ -158,7 +204,7 @@ class ClassificationTask(ShardedTask, ABC):
     def _dataset(self, table: Table, classes: int) -> TensorDataset:
         dtype = default_dtype(self.dtype)
         features = torch.from_numpy(np.ascontiguousarray(table.features)).to(dtype)
-        features = features.unsqueeze(1) if self.model == "cnn" else features.flatten(1)
+        features = features.unsqueeze(1) if self._sees_images else features.flatten(1)
         labels = torch.from_numpy(self._targets(table.labels))
         if self.positive is not None:
             if self.positive >= classes:
@@ -169,28 +215,37 @@ class ClassificationTask(ShardedTask, ABC):
             labels = (2 * labels - 1).to(dtype)
         return TensorDataset((features, labels))
 
+    @property
+    def _sees_images(self) -> bool:
+        return self.model in ("cnn", "convnet")
+
     def _model(self, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
         outputs = classes if self.positive is None else 1
+        if self._sees_images:
+            halvings = 2 if self.model == "cnn" else len(self.channels) - self.global_pool
+            if len(shape) != 2 or min(shape) < 2**halvings:
+                size = 2**halvings
+                raise ConfigError(
+                    f"task.model: {self.model} needs images of at least {size}x{size} pixels, but "
+                    f"an example of '{self.name}' has shape {shape}; use mlp"
+                )
         with seeded(seed):
             if self.model == "cnn":
-                if len(shape) != 2 or min(shape) < 4:
-                    raise ConfigError(
-                        f"task.model: cnn needs images of at least 4x4 pixels, but an example of "
-                        f"'{self.name}' has shape {shape}; use mlp"
-                    )
-                module = lenet(*shape, outputs, self.activation)
+                module = lenet(shape[0], shape[1], outputs, self.activation)
+            elif self.model == "convnet":
+                g, maps = self.groups, self.channels
+                groups = (g,) * len(maps) if isinstance(g, int) else g
+                module = convnet(
+                    shape[0], shape[1], outputs, self.activation, maps, groups, self.global_pool
+                )
             else:
                 hidden = self.hidden if self.model == "mlp" else ()
                 module = mlp(int(np.prod(shape)), hidden, outputs, self.activation)
             return initialise_(module, self.init)
 
 
-def _standardized(train: Table, test: Table | None) -> tuple[Table, Table | None]:
-    mean = train.features.mean(axis=0, dtype=np.float64)
-    std = train.features.std(axis=0, dtype=np.float64)
-    std[std == 0] = 1  # a constant feature becomes zero
-
-    def scaled(table: Table) -> Table:
-        return replace(table, features=(table.features - mean) / std)
-
-    return scaled(train), None if test is None else scaled(test)
+def _mean_and_deviation(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    mean = table.features.mean(axis=0, dtype=np.float64)
+    deviation = table.features.std(axis=0, dtype=np.float64)
+    deviation[deviation == 0] = 1  # a constant feature becomes zero
+    return mean, deviation

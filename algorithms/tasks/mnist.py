@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from gossamer.algorithms.tasks.classification import ClassificationTask, Table
+from gossamer.algorithms.tasks.classification import ClassificationTask, Model, Table
 from gossamer.algorithms.tasks.files import locate, read_bytes
 from gossamer.runtime.errors import ConfigError
 
@@ -26,8 +25,8 @@ class MNIST(ClassificationTask):
     """
 
     name: str = "mnist"
-    model: Literal["linear", "mlp", "cnn"] = "cnn"
-    """`linear` (with a bias), `mlp` (see `hidden`), or `cnn` (LeNet)."""
+    model: Model = "cnn"
+    """`linear` (with a bias), `mlp` (`hidden`), `cnn` (LeNet), or `convnet` (see `channels`)."""
     path: str = "mnist10k"
     """Folder of the IDX files; a relative one is looked for here and in GOSSAMER_DATA."""
 

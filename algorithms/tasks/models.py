@@ -1,4 +1,4 @@
-"""Small classifiers: a linear map, a perceptron with hidden layers, and LeNet."""
+"""Small classifiers: a linear map, a perceptron, LeNet, and convolutions with GroupNorm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from gossamer.runtime.random import Random
 
-__all__ = ["Activation", "Initialisation", "initialise_", "lenet", "mlp", "seeded"]
+__all__ = ["Activation", "Initialisation", "convnet", "initialise_", "lenet", "mlp", "seeded"]
 
 Activation = Literal["tanh", "relu"]
 Initialisation = Literal["torch", "normal", "zeros"]
@@ -65,21 +65,54 @@ def lenet(height: int, width: int, outputs: int, activation: Activation) -> nn.M
     )
 
 
+def convnet(
+    height: int,
+    width: int,
+    outputs: int,
+    activation: Activation,
+    channels: Sequence[int],
+    groups: Sequence[int],
+    global_pool: bool = False,
+) -> nn.Module:
+    """Return stages of convolution, GroupNorm and pooling, (B, 1, height, width) -> (B, outputs).
+
+    Convolutions are 3x3 and keep the size, poolings halve it; no layer mixes examples.
+
+    Args:
+        height: of an image, at least 2 ** halvings; so is ``width``.
+        width: of an image.
+        outputs: elements of one output.
+        activation: after each normalisation.
+        channels: maps of each stage.
+        groups: of each stage's GroupNorm; divide ``channels``.
+        global_pool: the last stage averages each map over the whole image, instead of halving it.
+    """
+    layers: list[nn.Module] = []
+    for i, o, g in zip([1, *channels], channels, groups, strict=False):
+        layers += [nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(g, o), _ACTIVATIONS[activation]()]
+        layers += [nn.MaxPool2d(2)]
+    pixels = (height >> len(channels)) * (width >> len(channels))
+    if global_pool:
+        layers[-1], pixels = nn.AdaptiveAvgPool2d(1), 1
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * pixels, outputs))
+
+
 @torch.no_grad()
 def initialise_(module: nn.Module, rule: Initialisation) -> nn.Module:
     """Set the parameters of ``module`` in place and return it; see the field `init` of the tasks.
 
     Args:
-        module: made of linear layers and convolutions.
+        module: made of linear layers, convolutions and normalisations.
         rule: ``torch`` leaves what the layers' constructors drew; ``normal`` is N(0, 1 / fan_in)
-            with zero biases; ``zeros`` is zero everywhere.
+            with zero biases, normalisations at the identity; ``zeros`` is zero everywhere.
     """
     if rule == "torch":
         return module
-    for p in module.parameters():
-        p.zero_()
-    if rule == "normal":
-        for layer in module.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                layer.weight.normal_(0.0, layer.weight[0].numel() ** -0.5)
+    for layer in module.modules():
+        for p in layer.parameters(recurse=False):
+            p.zero_()
+        if rule == "normal" and isinstance(layer, nn.GroupNorm):
+            layer.reset_parameters()
+        elif rule == "normal" and isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.weight.normal_(0.0, layer.weight[0].numel() ** -0.5)
     return module

@@ -13,13 +13,19 @@ import typer
 
 __all__ = ["reproduce"]
 
+_SEEDS = 3
 _QUICK_SEEDS = 1
 _MOST_JOBS = 8
 
 
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="Short name of a paper: dnasa.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Of every random experiment.")] = 3,
+    paper: Annotated[str, typer.Argument(help="dnasa, doppler, disk or dp-pretraining.")],
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of every random experiment [3, or what a group of claims names]."
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="One seed: a look, not evidence. Overrides --seeds.")
     ] = False,
@@ -46,16 +52,16 @@ def reproduce(
         if name not in found.groups:
             raise ConfigError(f"--only: unknown group '{name}'{nearest(name, found.groups)}")
     chosen = {name: group for name, group in found.groups.items() if name in (only or found.groups)}
-    seeds = _QUICK_SEEDS if quick else seeds
     jobs = jobs or min(_MOST_JOBS, os.cpu_count() or 1)
     begin, claims = time.perf_counter(), []
-    with Console(stderr=True).status("") as status, Laboratory(seeds, jobs) as lab:
+    with Console(stderr=True).status("") as status, Laboratory(jobs=jobs) as lab:
 
         def show(group: str, ended: int, total: int) -> None:
             status.update(f"{group}: {ended} of {total} runs")
 
         for name, group in chosen.items():
             lab.progress = partial(show, name)
+            lab.seeds = _QUICK_SEEDS if quick else seeds or found.seeds.get(name, _SEEDS)
             claims += list(group(lab))
     seconds = time.perf_counter() - begin
     failed = sum(claim.passed is False for claim in claims)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gossamer.launch.reproduce.claims import Claim
 from gossamer.launch.reproduce.simulation import Laboratory
@@ -15,7 +15,12 @@ __all__ = ["PAPERS", "Group", "Paper", "find_paper"]
 Group = Callable[[Laboratory], Iterable[Claim]]
 """Runs what a few claims need and returns them."""
 
-PAPERS = {"dnasa": "gossamer.launch.reproduce.dnasa"}
+PAPERS = {
+    "disk": "gossamer.launch.reproduce.disk",
+    "dnasa": "gossamer.launch.reproduce.dnasa",
+    "doppler": "gossamer.launch.reproduce.doppler",
+    "dp-pretraining": "gossamer.launch.reproduce.dp_pretraining",
+}
 """Name on the command line -> module that holds ``PAPER``."""
 
 
@@ -27,22 +32,28 @@ class Paper:
         title: of the table.
         groups: by name.
         limits: what the method does not do, one statement each.
+        seeds: of a group's random experiments, when the user says nothing; 3 where it is not named.
     """
 
     title: str
     groups: Mapping[str, Group]
     limits: tuple[str, ...] = ()
+    seeds: Mapping[str, int] = field(default_factory=dict)
 
 
 def find_paper(name: str) -> Paper:
-    """Return the paper called ``name``.
+    """Return the paper called ``name``; case, dashes and underscores do not matter.
 
     Raises:
         ConfigError: no such paper; the nearest names are offered.
     """
-    key = name.lower().replace("-", "").replace("_", "")
-    if key not in PAPERS:
+    modules = {_plain(known): module for known, module in PAPERS.items()}
+    if _plain(name) not in modules:
         raise ConfigError(f"paper: unknown paper '{name}'{nearest(name, PAPERS)}")
-    paper = importlib.import_module(PAPERS[key]).PAPER
+    paper = importlib.import_module(modules[_plain(name)]).PAPER
     assert isinstance(paper, Paper)
     return paper
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

@@ -155,11 +155,13 @@ class Laboratory:
 def simulate(simulation: Simulation, seed: int = 0) -> Trajectory:
     """Run all ranks of one configuration in this process.
 
+    The seed also makes the noise of private runs: they repeat, and protect nobody.
+
     Raises:
         ConfigError: field, value and fix.
         TopologyError: the graph cannot be built.
     """
-    config = resolve({**simulation.values, "seed": seed})
+    config = resolve(_seeded(simulation.values, seed))
     experiment = Experiment(config, config.ranks or 1)
     comm = Communicator(experiment.topology, StackedTransport(), seed=seed, steps=config.steps)
     every = max(1, config.steps // simulation.evaluations)
@@ -180,6 +182,14 @@ def simulate(simulation: Simulation, seed: int = 0) -> Trajectory:
         sha256 = program.inner.parameters_sha256()
     comm.close()
     return Trajectory(tuple(records), sha256)
+
+
+def _seeded(values: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    stack = values.get("oracle")
+    if isinstance(stack, list):
+        stack = [{**s, "noise_seed": seed} if s.get("name") == "dp" else s for s in stack]
+        return {**values, "oracle": stack, "seed": seed}
+    return {**values, "seed": seed}
 
 
 class _Watched:

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 from sklearn import datasets
+from torch import nn
 
+from gossamer.algorithms.oracles.per_sample import PerSampleGradients
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.registry import REGISTRY, find
 from gossamer.algorithms.tasks.bundled import BreastCancer, Digits, Wine
 from gossamer.algorithms.tasks.least_squares import LeastSquares
+from gossamer.runtime import RowLayout
 from gossamer.runtime.component import validate
 from gossamer.runtime.errors import ConfigError
 
@@ -79,6 +82,35 @@ def test_the_cnn_takes_images(activation):
     assert problem.module(features).shape == (3, 10)
     loss = problem.loss(problem.module, (features, labels))
     assert loss.item() == pytest.approx(2.3, abs=0.3)
+
+
+def test_the_convnet_is_stages_of_convolution_norm_and_pooling_without_mixing_examples():
+    fields = {"model": "convnet", "activation": "relu", "channels": [8, 16], "groups": [2, 4]}
+    problem = build("digits", **fields)
+    assert sum(p.numel() for p in problem.module.parameters()) == 1946
+    features, _ = problem.train[torch.arange(5)]
+    together, alone = problem.module(features), problem.module(features[3:4])
+    torch.testing.assert_close(together[3:4], alone)  # to rounding
+    assert PerSampleGradients(problem, RowLayout(problem.module)).is_tapped
+    pooled = build("digits", **{**fields, "global_pool": True}).module
+    assert pooled[-1].in_features == 16  # one number for each map
+
+
+def test_normal_initialisation_leaves_normalisations_at_the_identity():
+    problem = build("digits", model="convnet", init="normal")
+    norms = [layer for layer in problem.module.modules() if isinstance(layer, nn.GroupNorm)]
+    assert len(norms) == 2
+    for norm in norms:
+        assert torch.equal(norm.weight, torch.ones(norm.num_channels))
+        assert not norm.bias.any()
+
+
+def test_normalize_scales_by_its_constants_and_leaves_examples_apart():
+    plain, scaled = build("digits"), build("digits", normalize=[0.3, 0.37])
+    for before, after in ((plain.train, scaled.train), (plain.test, scaled.test)):
+        expected = (before.tensors[0].double() - 0.3) / 0.37
+        torch.testing.assert_close(after.tensors[0].double(), expected, rtol=1e-6, atol=1e-6)
+    assert not scaled.mixes_examples
 
 
 def nonconvex_breast_cancer(**fields):
@@ -195,7 +227,13 @@ def test_standardization_uses_the_training_set():
         ({"model": "linear", "hidden": [3]}, "task.hidden: has no effect with model: linear"),
         ({"model": "linear", "activation": "relu"}, "task.activation: has no effect"),
         ({"model": "cnn", "hidden": [3]}, "task.hidden: has no effect with model: cnn"),
-        ({"model": "transformer"}, "task.model: must be 'linear', 'mlp' or 'cnn'"),
+        ({"model": "transformer"}, "task.model: must be 'linear', 'mlp', 'cnn' or 'convnet'"),
+        ({"channels": [8]}, "task.channels: has no effect with model: mlp; set model: convnet"),
+        ({"model": "convnet", "channels": []}, "task.channels: "),
+        ({"model": "convnet", "groups": 3}, "task.groups: must be a divisor of every one of"),
+        ({"model": "convnet", "groups": [4]}, "task.groups: must be a divisor of every one of"),
+        ({"model": "convnet", "channels": [4] * 4}, "task.model: convnet needs images of at least"),
+        ({"normalize": [0, 0]}, "task.normalize.1: must be greater than 0"),
         ({"init": "zeros"}, "task.init: leaves deep models without a gradient"),
         ({"heterogeneity": "dirichlet"}, "task.alpha: missing"),
         ({"alpha": 0.1}, "task.alpha: has no effect without heterogeneity: dirichlet"),
@@ -223,9 +261,15 @@ def test_a_resolved_configuration_is_accepted_again():
         assert validate(type(task), task.model_dump(), "task") == task
 
 
-def test_cnn_on_a_table_is_refused():
-    with pytest.raises(ConfigError, match="cnn needs images"):
-        build("wine", model="cnn")
+@pytest.mark.parametrize("model", ["cnn", "convnet"])
+def test_convolutions_on_a_table_are_refused(model):
+    with pytest.raises(ConfigError, match=f"{model} needs images"):
+        build("wine", model=model)
+
+
+def test_features_that_are_standardized_are_not_normalized_again():
+    with pytest.raises(ConfigError, match=r"task\.normalize: standardize scales"):
+        build("wine", normalize=[0, 1])
 
 
 # --- the stream -----------------------------------------------------------------------------

@@ -32,13 +32,15 @@ def bad(lab: Laboratory) -> Iterator[Claim]:
 def two_groups(monkeypatch):
     """A paper called 'test' with a group that passes and one that fails."""
     module = ModuleType("a_paper_of_the_tests")
-    module.PAPER = paper.Paper("Test", {"good": good, "bad": bad}, limits=("Nothing else.",))
+    module.PAPER = paper.Paper(
+        "Test", {"good": good, "bad": bad}, limits=("Nothing else.",), seeds={"good": 5}
+    )
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(paper.PAPERS, "test", module.__name__)
 
 
-def call(only: list[str], as_json: bool = True) -> int:
-    return reproduce("test", seeds=3, quick=False, only=only, jobs=1, as_json=as_json)
+def call(only: list[str], as_json: bool = True, seeds: int | None = 3, quick: bool = False) -> int:
+    return reproduce("test", seeds=seeds, quick=quick, only=only, jobs=1, as_json=as_json)
 
 
 def test_json_has_a_verdict_per_claim_and_status_0_when_none_fails(two_groups, capsys):
@@ -50,6 +52,30 @@ def test_json_has_a_verdict_per_claim_and_status_0_when_none_fails(two_groups, c
     assert first["seeds"] == 3
     assert [claim["verdict"] for claim in report["claims"]] == ["passed", "shown", "skipped"]
     assert report["limits"] == ["Nothing else."]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "quick", "expected"),
+    [(None, False, [5, 3]), (2, False, [2, 2]), (2, True, [1, 1])],
+)
+def test_a_group_gets_the_seeds_that_it_names_unless_told_otherwise(
+    two_groups, capsys, seeds, quick, expected
+):
+    call(["good", "bad"], seeds=seeds, quick=quick)
+    claims = json.loads(capsys.readouterr().out)["claims"]
+    assert [claims[0]["seeds"], claims[-1]["seeds"]] == expected
+
+
+@pytest.mark.parametrize("name", ["dp-pretraining", "dppretraining", "DP_Pretraining"])
+def test_dashes_and_case_of_a_name_do_not_matter(name):
+    assert paper.find_paper(name).title.startswith("DP-CPT")
+
+
+@pytest.mark.parametrize("name", paper.PAPERS)
+def test_seeds_are_given_for_groups_that_exist(name):
+    found = paper.find_paper(name)
+    assert set(found.seeds) <= set(found.groups)
+    assert found.limits
 
 
 def test_a_failed_claim_ends_with_status_1_and_says_so(two_groups, capsys):
