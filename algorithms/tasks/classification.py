@@ -91,6 +91,9 @@ class ClassificationTask(ShardedTask, ABC):
     unlike those of `standardize` tell nothing of the examples."""
     shuffle: bool = False
     """Permute the training set by the seed before `test_examples` are taken from its end."""
+    shuffle_seed: int | None = None
+    """Of that permutation; a number holds the same examples out whatever the run's seed, which is
+    taken where there is none."""
     test_examples: int = Field(0, ge=0, strict=True)
     """How many examples at the end of the training set are held out as the test set; 0 for data
     that bring a test set of their own."""
@@ -173,7 +176,8 @@ class ClassificationTask(ShardedTask, ABC):
 
     def _hold_out(self, train: Table, test: Table | None, seed: int) -> tuple[Table, Table | None]:
         if self.shuffle:
-            train = train[Random(seed).stream("task/shuffle").permutation(len(train))[0].numpy()]
+            order = Random(seed if self.shuffle_seed is None else self.shuffle_seed)
+            train = train[order.stream("task/shuffle").permutation(len(train))[0].numpy()]
         if not self.test_examples:
             return train, test
         if test is not None:

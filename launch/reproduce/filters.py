@@ -53,6 +53,7 @@ DIGITS_TASK: Values = {
     "activation": "tanh",
     "normalize": [0.3, 0.37],
     "test_examples": 360,
+    "shuffle_seed": 0,
 }
 DIGITS = Setting(
     "digits, all examples, 30 steps", DIGITS_TASK, _EXAMPLES, 30, loss="nonprivate_loss"
@@ -65,6 +66,7 @@ _IMAGES: Values = {
     "activation": "relu",
     "normalize": [0.3, 0.37],
     "test_examples": 360,
+    "shuffle_seed": 0,
 }
 _SMALL_CONVNET = Setting(
     "digits, two convolutions of 8 and 16 maps, batch 128, 100 steps",

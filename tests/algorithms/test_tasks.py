@@ -327,3 +327,10 @@ def test_a_function_of_ones_own_builds_a_problem(tmp_path, monkeypatch):
             build("custom", build=f"my_problem:{function}")
     with pytest.raises(ConfigError, match=r"task\.build"):
         build("custom", build="no colon")
+
+
+def test_a_seed_of_its_own_holds_the_same_examples_out_in_every_run():
+    held_out = [build("digits", seed=seed, shuffle_seed=5).test[torch.arange(9)] for seed in (1, 2)]
+    assert torch.equal(held_out[0][0], held_out[1][0])
+    starts = [build("digits", seed=seed, shuffle_seed=5).module for seed in (1, 2)]
+    assert not torch.equal(*(next(iter(module.parameters())) for module in starts))
