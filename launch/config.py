@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, Field, Strict, create_model
 
 from gossamer import topologies
+from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.problems import Task
-from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle, OracleWrapper
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.algorithms.registry import find
 from gossamer.runtime.component import Component, validate
 from gossamer.runtime.errors import ConfigError, nearest

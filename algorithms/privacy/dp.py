@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
+from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.adaptive import shared_noise
 from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, ClipKind, make_clip
@@ -24,15 +25,7 @@ from gossamer.algorithms.privacy.release import Release
 from gossamer.algorithms.privacy.sampling_plan import SamplingPlan, require_countable
 from gossamer.algorithms.privacy.statement import PrivacyStatement
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import (
-    Algorithm,
-    Estimate,
-    Oracle,
-    OracleWrapper,
-    Origin,
-    Sink,
-    TrainingFigures,
-)
+from gossamer.algorithms.protocols import Algorithm, Estimate, Oracle, Origin, Sink, TrainingFigures
 from gossamer.runtime import Communicator, ConfigError
 
 __all__ = ["DP"]

@@ -9,9 +9,10 @@ from quadratic_for_tests import STACKS, Quadratic, Run, given_rows, gradients, r
 from torch import nn
 
 from gossamer.algorithms.optimizers.sgd import SGD
+from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
-from gossamer.algorithms.protocols import Estimate, OracleWrapper, Origin
+from gossamer.algorithms.protocols import Estimate, Origin
 from gossamer.algorithms.registry import find
 from gossamer.runtime import ConfigError
 from gossamer.runtime.component import validate

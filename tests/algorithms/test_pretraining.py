@@ -15,6 +15,7 @@ from gossamer.algorithms.decentralized.local_sgd import LocalSGD
 from gossamer.algorithms.optimizers.adam import AdamW
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.oracles.backprop import Backprop
+from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.dp import DP
 from gossamer.algorithms.privacy.public import PublicData
@@ -22,7 +23,6 @@ from gossamer.algorithms.privacy.public_schedule import mean_loss, public_weight
 from gossamer.algorithms.privacy.public_split import split_public
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.program import TrainingProgram
-from gossamer.algorithms.protocols import OracleWrapper
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import Communicator, ConfigError, StackedTransport
 from gossamer.runtime.component import validate
