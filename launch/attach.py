@@ -306,8 +306,15 @@ class Attachment:
         private = {} if self.privacy is None else {"privacy": self.privacy.state_dict()}
         return {**kept, "parts": parts, **private}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``state_dict`` returned, the parameters included.
+    def load_state_dict(self, state: Mapping[str, Any], *, same_batches: bool = False) -> None:
+        """Take back what ``state_dict`` returned, the parameters included; every rank calls it.
+
+        Args:
+            state: of this rank.
+            same_batches: under privacy, go on with the same noise, so that the run repeats to the
+                bit. Safe only where the loop repeats itself to the bit too: the same examples in
+                the same steps, dropout masks and all; else the noise of steps that are made again
+                could be taken off. By default it is drawn anew.
 
         Raises:
             ConfigError: it is another run's, or says nothing of the privacy spent.
@@ -318,7 +325,7 @@ class Attachment:
                 "nobody would know the epsilon spent; give attach the same privacy block"
             )
         if self.privacy is not None:
-            self.privacy.load_state_dict(state["privacy"])
+            self.privacy.load_state_dict(state["privacy"], same_batches=same_batches)
         self.comm.step, self.comm.round = state["step"], state["round"]
         self._calls = state["calls"]
         for part, saved in zip(self.parts, state["parts"], strict=True):

@@ -21,7 +21,7 @@ from gossamer.algorithms.oracles.per_sample_terms import (
     squared_norms,
 )
 from gossamer.algorithms.privacy import accounting
-from gossamer.algorithms.privacy.clipping import make_clip
+from gossamer.algorithms.privacy.clipping import ClipKind, make_clip
 from gossamer.algorithms.privacy.ledger import Ledger
 from gossamer.algorithms.privacy.noise import NoiseMode, SecretNoise
 from gossamer.algorithms.privacy.statement import PrivacyStatement
@@ -35,6 +35,8 @@ from gossamer.runtime.random import Random
 __all__ = ["PrivateGradient", "make_private"]
 
 log = logging.getLogger("gossamer")
+
+_SAMPLERS = ("poisson", "full", "shuffle")
 
 
 def make_private(
@@ -157,6 +159,8 @@ class PrivateGradient:
         found = self._ledger.calibrated(block.steps) if sigma is None else sigma
         row = torch.tensor([[found]], dtype=torch.float64, device=comm.device)
         self._ledger.sigma = float(comm.broadcast(row, count=False))
+        if sigma is not None:
+            self._ledger.require_countable()
         self._noise = SecretNoise(mode, comm, block.noise_seed)
         self._noise.agree(layout)
         self._seeded = block.noise_seed is not None
@@ -177,6 +181,12 @@ class PrivateGradient:
             "delta": block.delta,
             "clip_norm": block.clip_norm,
             "expected_batch_size": expected,
+            "noise_mode": get_args(NoiseMode).index(self.mode),
+            "clip": get_args(ClipKind).index(block.clip),
+            "clip_gamma": block.clip_gamma,
+            "sampler": _SAMPLERS.index(block.sampler),
+            "loss_reduction": block.loss_reduction == "mean",
+            "noise_seed": block.noise_seed is not None,
         }
         values = [math.nan if value is None else float(value) for value in same.values()]
         row = torch.tensor([[float(block.examples), *values]], dtype=torch.float64)
@@ -186,8 +196,8 @@ class PrivateGradient:
             of_each_rank = self.mode == "local" and name in ("sample_rate", "expected_batch_size")
             if not of_each_rank and len(column.nan_to_num(-1).unique()) > 1:
                 raise ConfigError(
-                    f"attach: privacy.{name} differs between ranks: {column.tolist()}; give all "
-                    "of them the same"
+                    f"attach: privacy.{name} differs between ranks ({column.tolist()}, a choice "
+                    "by its place in the list of choices); give all of them the same"
                 )
         return [int(size) for size in found[:, 0]], found[:, 1].tolist()
 
@@ -196,7 +206,7 @@ class PrivateGradient:
     def draw(self) -> Tensor:
         """Return the places of the next step's batch, int64 (m,) of 0..N-1, by secret coins.
 
-        The same until the step is made, and after a resume.
+        The same until the step is made, and after a resume with ``same_batches``.
 
         Raises:
             ConfigError: the block says that the batches are shuffled.
@@ -229,8 +239,10 @@ class PrivateGradient:
             self._source.clear(self._parameters)
             return False
         if self._drawn not in (-1, self._seen):
+            seen, self._seen = self._seen, 0
+            self._sum.zero_()
             raise ConfigError(
-                f"attach: {self._seen} examples in this step, draw() gave {self._drawn}; take one "
+                f"attach: {seen} examples in this step, draw() gave {self._drawn}; take one "
                 "step with the batch that was drawn, whole"
             )
         scales = self._noise.scales(self._ledger.sigma * self._clip.sensitivity)
@@ -311,11 +323,12 @@ class PrivateGradient:
             noise_mode=self.mode,
             noise_seeded=self._seeded,
             ranks=self._comm.n,
+            keys_kept="state",
             segments=tuple((s.noise_multiplier, s.rate, s.steps) for s in ledger.segments(worst)),
         ).as_dict()
 
     def branch(self) -> None:
-        """Draw new keys, after ``load_state_dict``, where the loop will draw other batches."""
+        """Draw new keys."""
         self._noise = SecretNoise(self.mode, self._comm, self._block.noise_seed)
         self._noise.agree(self._layout)
 
@@ -335,8 +348,11 @@ class PrivateGradient:
             **self._ledger.state(self._comm.ranks),
         }
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the same noise; with other batches than those to come then call ``branch``.
+    def load_state_dict(self, state: Mapping[str, Tensor], *, same_batches: bool) -> None:
+        """Go on counting; with the same noise only where every gradient to come is the same too.
+
+        A step that was seen and is made again with other examples, or another dropout mask, under
+        the same noise shows the difference of the two sums in the clear.
 
         Raises:
             ConfigError: the releases to come would not compose with those before.
@@ -344,3 +360,7 @@ class PrivateGradient:
         self._ledger.load(dict(state), self._comm.ranks)
         self._noise.load(dict(state))
         self._seeded = self._seeded or bool(state["seeded"][0])
+        self._sum.zero_()
+        self._seen, self._drawn = 0, -1
+        if not same_batches:
+            self.branch()

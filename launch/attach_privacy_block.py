@@ -23,7 +23,9 @@ class PrivacyBlock(Component):
     """q: probability that an example is in the batch of a step."""
     sampler: Literal["poisson", "full", "shuffle"] = "shuffle"
     """How the loop draws, which it answers for: ``poisson``, each example by its own coin (Opacus'
-    DPDataLoader, or ``draw``); ``full``, all of them; ``shuffle``: epsilon is then no guarantee."""
+    DPDataLoader, or ``optimizer.gossamer.privacy.draw``); ``full``, all of them; ``shuffle``:
+    epsilon is then no guarantee. Coins must be secret, and independent on every rank: a loader that
+    draws from torch's generator needs a seed from the operating system on each."""
     steps: int | None = Field(default=None, ge=1)
     """T, of the whole run; needed with ``epsilon``, which holds for so many and no more."""
     epsilon: float | None = Field(default=None, gt=0)

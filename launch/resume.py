@@ -101,6 +101,12 @@ class Resumption:
             _require_same_graph(checkpoint, experiment)
             self._rows = checkpoint.rows(comm.ranks)
         self._changes = changed_fields(checkpoint, experiment)
+        # Steps after the checkpoint may have been seen. Made again with other rates (of a schedule
+        # that knows the end), or with sums that round otherwise, they need other secrets.
+        before, now = checkpoint.meta.get("configuration", {}), experiment.resolved()
+        self._redoes_otherwise = comm.device.type != "cpu" or any(
+            before.get(name) != now.get(name) for name in ("steps", "transport")
+        )
 
     def apply(self) -> None:
         """Start the program where the checkpoint stands.
@@ -117,7 +123,7 @@ class Resumption:
             require_same_state(checkpoint, self._rows, program)
             program.restore(self._rows, checkpoint.meta["scalars"])
             in_place = self._folder.resolve() == checkpoint.folder.resolve().parent.parent
-            if self._changes or not in_place:
+            if self._changes or not in_place or self._redoes_otherwise:
                 program.oracle.branch()
         if leader and self._changes:
             print(f"gossamer: resuming with another {self._changes}", file=sys.stderr)

@@ -19,6 +19,7 @@ from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Clip, Estimate, Oracle, Sink
 from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
 from gossamer.runtime.random import Random
+from gossamer.runtime.rows import empty_rows
 
 __all__ = ["Backprop"]
 
@@ -115,6 +116,9 @@ class Backprop(Oracle):
             raise ConfigError("oracle.vectorize: gradients of single examples need it false")
         if self._per_sample is None:
             self._per_sample = PerSampleGradients(self._problem, self._layout)
+            # Sums have no noise yet: they stay out of memory that peers can read.
+            layout, comm = self._layout, self._comm
+            self._grad = empty_rows(comm.local, layout.d, layout.dtype, comm.device)
 
     def clipped(
         self,

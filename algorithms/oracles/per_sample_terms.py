@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class Outer:
         order, k = b + blocks, u = 2^-24, in any order within a block (Higham, Accuracy and
         Stability of Numerical Algorithms, 2002, section 4.2). Hence sum_st <a_s, a_t> <e_s, e_t>
         is off by at most 2 k u mass^2, mass = sum_t |a_t| |e_t|. Where positions cancel that is
-        much more than the norm: the example is done in float64.
+        much more than the norm: the example is done in float64, with the bound of that.
         """
         if self.a.shape[1] == 1:
             return Dense(self.a).squares() * Dense(self.e).squares()
@@ -86,7 +87,7 @@ class Outer:
         lengths = [gram.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=_FLOOR) for gram in grams]
         self.mass = (lengths[0] * lengths[1]).sum(1)
         found = grams[0].double().mul_(grams[1]).sum((1, 2))
-        terms = sum(min(v.shape[2], _BLOCK) + -(-v.shape[2] // _BLOCK) for v in (self.a, self.e))
+        terms = _summed(self.a, self.e)
         unit = torch.finfo(self.a.dtype).eps / 2
         # A tenth more: higher orders, the rounding of the mass, and products that underflow.
         lost = self.mass.double().square() * (1.1 * terms * unit)
@@ -99,8 +100,7 @@ class Outer:
         """Return bounds (m,) on what float32 sums over positions may add to a gradient."""
         mass = self.mass
         if mass is None:
-            lengths = [lengths_of(v).clamp_(min=_FLOOR) for v in (self.a, self.e)]
-            mass = (lengths[0] * lengths[1]).sum(1)
+            mass = _mass(self.a, self.e)
         return mass * (self.a.shape[1] * torch.finfo(self.a.dtype).eps)
 
     @property
@@ -240,6 +240,7 @@ def squared_norms(terms: Sequence[Term], shape: torch.Size) -> tuple[Tensor, lis
         merged.append(_total(dense))
     if len(merged) == 2 and isinstance(merged[0], Outer) and isinstance(merged[1], Lookup):
         squares = merged[0].squares() + merged[1].squares() + 2 * _inner(merged[0], merged[1])
+        squares += _lost_in_inner(merged[0], merged[1])
     else:
         if len(merged) > 1:
             merged = [_total([term.dense(shape) for term in merged])]
@@ -258,6 +259,8 @@ def add_weighted(terms: Sequence[Term], factors: Tensor, bad: Tensor | None, out
         out: the parameter's gradient, of the terms' dtype.
     """
     factors = factors.to(out.dtype)
+    # Below it they keep few digits, and round up as often as down.
+    factors = factors.masked_fill(factors < torch.finfo(out.dtype).tiny, 0)
     if bad is not None:
         factors = factors.masked_fill(bad, 0)
     for term in terms:
@@ -276,12 +279,24 @@ def lengths_of(values: Tensor) -> Tensor:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Keep products in float32: in TF32 or bfloat16 a sum may lie beyond what its norm says."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends: Any = torch.backends  # mkldnn.matmul has no types
+    products = [backends.cuda.matmul, backends.mkldnn.matmul]
+    if not all(hasattr(backend, "fp32_precision") for backend in products):  # torch < 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    kept = [backend.fp32_precision for backend in products]
     try:
+        for backend in products:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(products, kept, strict=True):
+            backend.fp32_precision = precision
 
 
 def _beside(parts: Sequence[Tensor]) -> Tensor:
@@ -298,10 +313,34 @@ def _gram(values: Tensor) -> Tensor:
     return total
 
 
+def _summed(a: Tensor, e: Tensor) -> int:
+    """Return how many roundings an element of both Gram matrices has, in blocks and of blocks."""
+    return sum(min(v.shape[2], _BLOCK) + -(-v.shape[2] // _BLOCK) for v in (a, e))
+
+
 def _exact_squares(a: Tensor, e: Tensor) -> Tensor:
-    """Return the squared norms of ``sum_t e_t a_t^T`` in float64."""
+    """Return bounds on the squared norms of ``sum_t e_t a_t^T``, by Gram matrices in float64.
+
+    As in ``Outer.squares``, with u = 2^-53, and the sum of the t^2 products is off as well.
+    """
     a, e = a.double(), e.double()
-    return (a @ a.mT).mul_(e @ e.mT).sum((1, 2)).clamp_(min=0)
+    found = _gram(a).mul_(_gram(e)).sum((1, 2)).clamp_(min=0)
+    terms = _summed(a, e) + a.shape[1] ** 2
+    return found + _mass(a, e).square() * (1.1 * terms * torch.finfo(torch.float64).eps / 2)
+
+
+def _mass(a: Tensor, e: Tensor) -> Tensor:
+    """Return the sums over positions of |a_t| |e_t|, (m,)."""
+    lengths = [lengths_of(values).clamp(min=_FLOOR) for values in (a, e)]
+    return (lengths[0] * lengths[1]).sum(1)
+
+
+def _lost_in_inner(outer: Outer, lookup: Lookup) -> Tensor:
+    """Return bounds (m,) on what float64 may lose in twice ``_inner``, and in the table's norm."""
+    positions = outer.a.shape[1] + lookup.e.shape[1]
+    terms = outer.a.shape[2] + positions**2
+    mass = _mass(outer.a.double(), outer.e.double()) + lengths_of(lookup.e.double()).sum(1)
+    return mass.square() * (1.1 * terms * torch.finfo(torch.float64).eps)
 
 
 def _total(terms: Sequence[Dense]) -> Dense:

@@ -26,6 +26,7 @@ __all__ = [
     "calibrate",
     "check_delta",
     "default_delta",
+    "require_countable",
     "resolve",
     "spent",
 ]
@@ -123,6 +124,19 @@ def resolve(history: Sequence[Segment], accountant: str = "prv") -> Accountant:
             f"{sampled[0]:g}; use prv"
         )
     return known
+
+
+def require_countable(history: Sequence[Segment], delta: float, accountant: str = "prv") -> None:
+    """Refuse, at little cost, a history that ``spent`` would refuse once it is made.
+
+    Raises:
+        ConfigError: as ``spent``.
+    """
+    resolved = resolve(history, accountant)
+    if resolved != "gaussian":
+        loss = _rdp(history, delta / 4000 if resolved == "prv" else delta)
+        if resolved == "prv":
+            _check_prv_grid(loss, sum(s.steps for s in history), delta)
 
 
 def calibrate(

@@ -84,7 +84,9 @@ class CorrelatedNoise:
     def begin(self, comm: Communicator, layout: RowLayout, strategy: Sequence[float]) -> None:
         """Begin a stream; nothing of a former one is taken back."""
         self.strategy = tuple(strategy)
-        self._z = empty_rows(comm.local, layout.d, layout.dtype, comm.device)
+        # Sums of half precision are float32 until they are released, and so is their noise.
+        wide = layout.dtype if layout.dtype == torch.float64 else torch.float32
+        self._z = empty_rows(comm.local, layout.d, wide, comm.device)
         self._stream = StreamingNoise(self.strategy, self._z)
         self._place = torch.tensor([[0, -1]] * comm.local)  # releases, block of the last one
         self._variances = np.empty(0)

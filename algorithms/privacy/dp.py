@@ -219,6 +219,13 @@ class DP(OracleWrapper):
         row = torch.tensor([values] * self._comm.local, dtype=torch.float64)
         agreed = self._comm.broadcast(row.to(self._comm.device), count=False)
         ledger.sigma, *self._strategy = agreed[0].tolist()
+        if found is not None:
+            ledger.require_countable()
+        if self.pairwise_multiplier is not None and self.pairwise_multiplier > 1e6 * ledger.sigma:
+            raise ConfigError(
+                f"oracle.pairwise_multiplier: {self.pairwise_multiplier:g} drowns own noise of "
+                f"{ledger.sigma:g} in rounding; use at most a million times as much"
+            )
         if isinstance(self._noise, CorrelatedNoise):
             self._noise.begin(self._comm, self.inner.layout, self._strategy)
 

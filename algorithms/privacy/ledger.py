@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,16 @@ class Ledger:
         return accounting.calibrate(
             self.target, self.delta, asked.rate, asked.steps, self.accountant
         )
+
+    def require_countable(self) -> None:
+        """Refuse now what no accountant can count when it is released.
+
+        Raises:
+            ConfigError: names the field and the way out.
+        """
+        if self.sigma > 0:
+            whole = replace(self, history=[(self.sigma, self.planned or 1)])
+            accounting.require_countable(whole.segments(whole.worst), self.delta, self.accountant)
 
     def require_room(self) -> None:
         """Refuse a release that sigma was not found for."""

@@ -36,8 +36,8 @@ class Release:
 
     comm: Communicator
     layout: RowLayout
-    sums: Tensor
-    noise: Sequence[Sequence[tuple[int, Probe]]]
+    sums: Tensor = field(repr=False)  # nobody's to see, as are the keys in noise
+    noise: Sequence[Sequence[tuple[int, Probe]]] = field(repr=False)
     factors: Sequence[float]
     out: Tensor
     weight: float = 1.0

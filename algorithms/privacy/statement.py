@@ -12,6 +12,19 @@ NoiseMode = Literal["split", "rank0", "replicated", "local", "pairwise"]
 """Who adds which part of the noise, and when."""
 
 
+_KEPT = {
+    "checkpoint": (
+        "sampling and noise keyed from the operating system's entropy; the keys are in the "
+        "checkpoint (mode 0600) alone and must not be published"
+    ),
+    "state": (
+        "noise keyed from the operating system's entropy; the keys are in what state_dict() "
+        "returns, whose file nobody else may read. The loop draws the batches: epsilon holds if "
+        "its draws are independent on every rank and secret"
+    ),
+}
+
+
 @dataclass(frozen=True)
 class PrivacyStatement:
     """The privacy of a run, as plain data.
@@ -43,6 +56,7 @@ class PrivacyStatement:
         filter: what runs behind the noise, as configured, with ``rho_inf``; None without.
         correlation: the strategy of correlated noise, as configured; None for independent noise.
         neighbors: which two data sets the guarantee makes alike.
+        keys_kept: in the run's ``checkpoint``, or in the ``state`` of a loop that draws by itself.
     """
 
     epsilon: float
@@ -69,6 +83,7 @@ class PrivacyStatement:
     filter: Mapping[str, Any] | None = None
     correlation: Mapping[str, Any] | None = None
     neighbors: str = "add or remove one"
+    keys_kept: Literal["checkpoint", "state"] = "checkpoint"
 
     _TRUST: ClassVar[Mapping[NoiseMode, str]] = {
         "split": (
@@ -83,9 +98,9 @@ class PrivacyStatement:
             "them are trusted."
         ),
         "replicated": (
-            "Only the model is protected, and only from those outside: the noise, the same on "
-            "every rank, is added after the sum is formed from clear messages, and each rank could "
-            "take it off again. All ranks and the network between them are trusted."
+            "Only the model is protected, and only from those outside: the noise is the same on "
+            "every rank, so that each could take it off any message again. All ranks and the "
+            "network between them are trusted."
         ),
         "local": (
             "Each rank adds the whole noise to its own sum before any message leaves: what it "
@@ -212,10 +227,7 @@ class PrivacyStatement:
             "filter": None if self.filter is None else dict(self.filter),
             "correlation": None if self.correlation is None else dict(self.correlation),
             "seeds": (
-                "noise seeded by the configuration"
-                if self.noise_seeded
-                else "sampling and noise keyed from the operating system's entropy; the keys are "
-                "in the checkpoint (mode 0600) alone and must not be published"
+                "noise seeded by the configuration" if self.noise_seeded else _KEPT[self.keys_kept]
             ),
         }
         if len(self.segments) > 1 or self.correlation is not None:

@@ -19,6 +19,7 @@ from gossamer.algorithms.privacy.doppler import Doppler
 from gossamer.algorithms.problems import Batch, DataPlan
 from gossamer.algorithms.protocols import Estimate, Origin
 from gossamer.algorithms.sampling import Sampler
+from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import ConfigError
 
 FOUR = {"name": "banded", "bands": 4}
@@ -279,3 +280,13 @@ def test_an_empty_batch_takes_its_turn_too():
     made.oracle(made.state.x, empty)
     with pytest.raises(ConfigError, match="leaves drawn batches out"):
         made.oracle(made.state.x, [Batch(empty[0].inputs, None, 0)])
+
+
+def test_a_half_precision_model_has_correlated_noise_in_float32():
+    task = problem(hidden=5)
+    task.module.bfloat16()
+    task.train = TensorDataset((task.train.tensors[0].bfloat16(), task.train.tensors[1]))
+    made = run(program(task=task, steps=3, noise_multiplier=1.0, correlation=ROOT), 3)
+    assert made.oracle._noise._z.dtype == torch.float32
+    assert made.state.x.dtype == torch.bfloat16
+    assert torch.isfinite(made.state.x).all()

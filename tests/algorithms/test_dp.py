@@ -416,3 +416,16 @@ def test_a_model_without_gradients_of_single_examples_is_refused_before_the_firs
     oracle = DP(noise_multiplier=1.0, inner=Backprop(batch_size=60))
     with pytest.raises(ConfigError, match=message):
         TrainingProgram(comm, task, oracle, AllReduce(optimizer=SGD(lr=0.5)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delta": 1e-12}, "delta: 1e-12 is below what accountant prv computes"),
+        ({"accountant": "gaussian"}, "gaussian is exact for full batches"),
+        ({"noise_multiplier": 0.02}, "accountant: prv would need a grid"),
+    ],
+)
+def test_what_no_accountant_can_count_is_refused_before_the_first_step(options, message):
+    with pytest.raises(ConfigError, match=message):
+        program(steps=2000, **{"noise_multiplier": 1.0, **options})

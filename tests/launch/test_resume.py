@@ -99,6 +99,42 @@ def test_a_resume_goes_on_from_the_checkpoint_that_is_named(whole, tmp_path):
     assert outcome(tmp_path / "run") == outcome(whole)
 
 
+@pytest.fixture
+def private(tmp_path):
+    """Return the folder of a private run that was killed after step 3, and its secret keys."""
+    pytest.importorskip("opacus")
+    dp = {"name": "dp", "noise_multiplier": 2.0}
+    task = {**RUN["task"], "standardize": False}
+    optimizer = {"name": "sgd", "lr": 0.05, "schedule": "cosine"}
+    changed = {"task": task, "oracle": [RUN["oracle"], dp], "optimizer": optimizer, "steps": 6}
+    (tmp_path / "run.yaml").write_text(json.dumps(RUN | changed))
+    folder = tmp_path / "out"
+    assert go(tmp_path, folder, file=tmp_path / "run.yaml") == 0
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-000000006")
+    return folder, _keys(folder, 3)
+
+
+def _keys(folder, step):
+    return Checkpoint.open(folder / "checkpoints" / f"step-{step:09d}").rows(range(8))[
+        "oracle/dp.keys"
+    ]
+
+
+def test_a_private_run_goes_on_with_its_noise_where_nothing_changed(private):
+    folder, keys = private
+    assert go(folder, resume=folder) == 0
+    assert torch.equal(_keys(folder, 6), keys)
+
+
+@pytest.mark.parametrize("setting", ["steps=9", "optimizer.lr=0.1"])
+def test_a_private_run_takes_new_noise_where_redone_steps_would_differ(private, setting):
+    # Steps 4 to 6 may have been seen; a cosine schedule has other rates for another end.
+    folder, keys = private
+    assert go(folder, resume=folder, settings=[setting]) == 0
+    assert (_keys(folder, 6) != keys).all()
+
+
 def test_a_resume_into_the_same_folder_by_out_is_no_folder_in_use(whole, cut):
     assert go(cut, out=cut, resume=cut) == 0
     assert outcome(cut) == outcome(whole)
