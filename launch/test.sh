@@ -12,4 +12,4 @@ ruff check .
 ruff format --check .
 clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h tests/csrc/*.cpp tests/csrc/*.h
 mypy
-exec pytest -n 2 --dist loadgroup "$@"
+exec pytest -n 2 --dist loadscope "$@"

@@ -1,6 +1,7 @@
 """Fixtures and rules for every test."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -26,21 +27,32 @@ def launch_environment() -> dict[str, str]:
     return ours | MPI_ENVIRONMENT
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU, or MPI ranks, where there are none; keep jobs of many processes apart.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep jobs of many processes apart under ``pytest -n``.
 
-    Under ``pytest -n`` one worker runs all of MANY_PROCESSES, one test at a time: two such jobs at
-    once would only take each other's cores. The claims share a laboratory, so one worker has them.
+    One worker runs all of MANY_PROCESSES, one test at a time: two such jobs at once would only take
+    each other's cores. The claims share a laboratory, so one worker has them. Both begin at once;
+    any worker that is free takes the other tests, one by one.
     """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            folder = Path(nodeid.partition("::")[0]).parent.name
+            if folder == "claims":
+                return folder
+            return "many processes" if folder in MANY_PROCESSES else nodeid
+
+    return ByFolder(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU, or MPI ranks, where there are none."""
     import torch
 
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
     for item in items:
-        folder = item.path.parent.name
-        if folder == "claims" or folder in MANY_PROCESSES:
-            group = "claims" if folder == "claims" else "many processes"
-            item.add_marker(pytest.mark.xdist_group(group))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("mpi") and ranks == 1:
