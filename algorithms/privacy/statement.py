@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-__all__ = ["NoiseMode", "PrivacyStatement"]
+from gossamer.algorithms.privacy.noise import NoiseMode
 
-NoiseMode = Literal["split", "rank0", "replicated", "local", "pairwise"]
-"""Who adds which part of the noise, and when."""
+__all__ = ["PrivacyStatement"]
 
 
 _KEPT = {
