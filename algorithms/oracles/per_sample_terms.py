@@ -279,16 +279,23 @@ def lengths_of(values: Tensor) -> Tensor:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Keep products in float32: in TF32 or bfloat16 a sum may lie beyond what its norm says."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody chose by backend, which torch does not let one mix with this
+        with _full_precision_by_backend():
+            yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _full_precision_by_backend() -> Iterator[None]:
     backends: Any = torch.backends  # mkldnn.matmul has no types
     products = [backends.cuda.matmul, backends.mkldnn.matmul]
-    if not all(hasattr(backend, "fp32_precision") for backend in products):  # torch < 2.9
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
     kept = [backend.fp32_precision for backend in products]
     try:
         for backend in products:

@@ -182,7 +182,7 @@ def test_norms_and_clipped_sums_are_those_of_single_backward_passes(name, count)
     assert gradients.is_tapped == (name not in UNTAPPED)
     each = reference(problem, layout, points, inputs)
     squares = torch.stack([each[:, s.begin : s.end].square().sum(1) for s in layout.slices], dim=1)
-    torch.testing.assert_close(clip.squares, squares, rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(clip.squares, squares, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(total, (clip.factors(squares) * each).sum(0), rtol=1e-9, atol=1e-12)
 
 
@@ -233,7 +233,7 @@ def test_norms_from_float32_products_are_never_too_small(seed, positions, width,
     slack = term.rounding().double()
     norms = term.squares().sqrt() + slack
     assert (norms >= exact).all()
-    assert (norms <= 1.011 * exact + 2.5 * slack).all()
+    assert (norms <= 1.011 * exact + 2.0 * slack).all()
 
 
 def test_norms_in_float64_are_never_too_small_where_positions_all_but_cancel():
