@@ -254,13 +254,13 @@ def add_weighted(terms: Sequence[Term], factors: Tensor, bad: Tensor | None, out
 
     Args:
         terms: of one parameter, from ``squared_norms``.
-        factors: (m,).
+        factors: (m,), of either sign.
         bad: (m,) bool, examples that count as zero: 0 times NaN would be NaN; None: there is none.
         out: the parameter's gradient, of the terms' dtype.
     """
     factors = factors.to(out.dtype)
     # Below it they keep few digits, and round up as often as down.
-    factors = factors.masked_fill(factors < torch.finfo(out.dtype).tiny, 0)
+    factors = factors.masked_fill(factors.abs() < torch.finfo(out.dtype).tiny, 0)
     if bad is not None:
         factors = factors.masked_fill(bad, 0)
     for term in terms:
