@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -131,6 +131,20 @@ class Problem:
     weigh: Callable[[tuple[Tensor, ...]], float] = _count_examples
     objective: Literal["ranks", "examples"] = "ranks"
     mixes_examples: bool = False
+
+    def examples(self, count: int) -> tuple[Tensor, ...]:
+        """Return at most ``count`` from all over the training set: sorted ones keep their classes.
+
+        To look at the model with, not to train it.
+        """
+        train: Any = self.train
+        if hasattr(train, "draw"):
+            drawn: tuple[Tensor, ...] = train.draw(0, 0, 0, 0, count)
+            return drawn
+        count = min(count, len(train))
+        places = torch.arange(count) * (len(train) - 1) // max(count - 1, 1)
+        found: tuple[Tensor, ...] = train[places]
+        return found
 
 
 class Task(Component, ABC):

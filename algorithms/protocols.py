@@ -20,6 +20,7 @@ from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.component import Component
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import RowLayout, combine
+from gossamer.runtime.state import adopt, part_of
 from gossamer.topologies import Topology
 
 __all__ = [
@@ -44,10 +45,13 @@ Metrics = Mapping[str, Tensor | float]
 
 
 class Directions(Protocol):
-    """A gradient estimate as coefficients and the counters that replay its directions."""
+    """A gradient estimate that is not written down: what makes it, row by row."""
 
-    def mean(self) -> Tensor:
-        """Return the mean of the dense estimates over ranks, (1, d)."""
+    def mean(self) -> Tensor | Directions | None:
+        """Return the mean of the estimates over ranks, one row or one for each hosted rank.
+
+        None: some rank's losses were not finite, and no rank may take the step.
+        """
         ...
 
     def add_to_(self, x: Tensor, scale: float) -> Tensor:
@@ -56,6 +60,10 @@ class Directions(Protocol):
 
     def dense(self) -> Tensor:
         """Return the estimate as rows (local, d)."""
+        ...
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """Return columns begin..end of ``dense``, (local, end - begin)."""
         ...
 
 
@@ -105,6 +113,9 @@ class Estimate:
         """Return the estimate with its gradient as rows."""
         return self if isinstance(self.grad, Tensor) else replace(self, grad=self.grad.dense())
 
+
+_COLUMNS = 2**18
+"""Columns of an estimate that are written down at once."""
 
 Sink = Callable[[slice, Tensor], None]
 TrainingFigures = Literal["open", "hidden", "marked"]
@@ -335,9 +346,19 @@ class Optimizer(Component, ABC):
         comm: Communicator,
         origin: Origin = PLAIN,
     ) -> Tensor:
-        """``update_`` with rows, or with what ``Oracle.deferred`` gives in their place."""
-        rows = grad if isinstance(grad, Tensor) else grad.dense()
-        return self.update_(state, x, rows, comm, origin)
+        """``update_`` with rows, or with what ``Oracle.deferred`` gives in their place.
+
+        Of Directions a part of the columns is written down at a time: a rule is elementwise.
+        """
+        if isinstance(grad, Tensor):
+            return self.update_(state, x, grad, comm, origin)
+        d = x.shape[1]
+        for begin in range(0, d, _COLUMNS):
+            end = min(d, begin + _COLUMNS)
+            part = part_of(state, d, begin, end)
+            self.update_(part, x[:, begin:end], grad.columns(begin, end), comm, origin)
+        adopt(state, part, d)
+        return x
 
 
 class State(Protocol):

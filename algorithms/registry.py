@@ -32,6 +32,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "doppler": "privacy.doppler:Doppler",
         "dp": "privacy.dp:DP",
         "public": "privacy.public:PublicData",
+        "zeroth-order": "zeroth_order.zeroth_order:ZerothOrder",
     },
     "optimizer": {
         "sgd": "optimizers.sgd:SGD",
@@ -39,6 +40,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "adam": "optimizers.adam:Adam",
         "adamw": "optimizers.adam:AdamW",
         "adam-bc": "optimizers.adam_bc:AdamBC",
+        "sign-sgd": "optimizers.sgd:SignSGD",
     },
     "algorithm": {
         "d-nasa": "decentralized.dnasa:DNASA",

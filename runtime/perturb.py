@@ -22,7 +22,7 @@ from gossamer.runtime import native
 from gossamer.runtime.native import Direction, Piece
 from gossamer.runtime.rows import RowLayout
 
-__all__ = ["Distribution", "Mask", "Probe", "direction_", "perturb_", "release_", "update_"]
+__all__ = ["Distribution", "Mask", "Probe", "add_", "direction_", "perturb_", "release_", "update_"]
 
 Distribution = Literal["normal", "rademacher", "uniform"]
 
@@ -151,8 +151,40 @@ def perturb_(
         >>> torch.equal(part, row[7:17])
         True
     """
-    z = _direction(seed, step, probe, distribution, mask)
-    return native.add_random(row, _pieces(row, layout, begin), z, scale)
+    pieces = _pieces(row, layout, begin)
+    return add_(row, pieces, seed, step, probe, scale, distribution, mask)
+
+
+def add_(
+    flat: Tensor,
+    pieces: Iterable[Piece],
+    seed: int,
+    step: int,
+    probe: int,
+    scale: float,
+    distribution: Distribution = "normal",
+    mask: Mask | None = None,
+) -> Tensor:
+    """``perturb_`` of any parts of a row's tensors, gathered in ``flat``.
+
+    Args:
+        flat: (m,) contiguous, float32, float64, bfloat16 or float16.
+        pieces: which elements of which tensor lie where in it.
+        seed: 64 bits.
+        step: 0-based, 32 bits.
+        probe: below 2**31.
+        scale: of z.
+        distribution: of every element of z.
+        mask: which elements of z are 0; None for none.
+
+    Returns:
+        ``flat``.
+
+    Raises:
+        ValueError: as ``direction_``.
+        RuntimeError: as ``direction_``.
+    """
+    return native.add_random(flat, pieces, _direction(seed, step, probe, distribution, mask), scale)
 
 
 def update_(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gossamer.runtime.errors import ConfigError
 
-__all__ = ["Scalar", "flatten", "restore"]
+__all__ = ["Scalar", "adopt", "flatten", "part_of", "restore"]
 
 Scalar = int | float | bool | str | None
 
@@ -69,6 +69,45 @@ def restore(
         else:
             with torch.no_grad():
                 value.copy_(found)
+
+
+def part_of(state: Any, d: int, begin: int, end: int) -> Any:
+    """Return the state of columns begin..end: views of rows (local, d), copies of all else.
+
+    Args:
+        state: a dataclass of tensors and numbers, or None.
+        d: length of a row.
+        begin: first column.
+        end: one past the last.
+    """
+    if state is None:
+        return None
+    parts = {
+        name: value[:, begin:end]
+        if _has_rows(value, d)
+        else value.clone()
+        if isinstance(value, Tensor)
+        else value
+        for name, value in _fields(state)
+    }
+    return dataclasses.replace(state, **parts)
+
+
+def adopt(state: Any, part: Any, d: int) -> None:
+    """Take over from the ``part_of`` state what is no row: what all parts move alike."""
+    for name, value in _fields(state):
+        if not _has_rows(value, d):
+            setattr(state, name, getattr(part, name))
+
+
+def _fields(state: Any) -> list[tuple[str, Any]]:
+    if state is None:
+        return []
+    return [(f.name, getattr(state, f.name)) for f in dataclasses.fields(state)]
+
+
+def _has_rows(value: Any, d: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == d
 
 
 _MISSING = object()

@@ -28,7 +28,8 @@ class AllReduce(Algorithm):
     """All-reduce SGD (DDP): every rank steps along the mean gradient of all ranks.
 
     g = mean_i g_i(x); x -= lr * direction(g), with any local optimizer. The sum runs in ascending
-    rank, so the rows stay equal to the bit. The graph is not used; 2 (n - 1) / n d elements a step.
+    rank, so the rows stay equal to the bit. The graph is not used; 2 (n - 1) / n d elements a step,
+    or a number per random direction where these make the gradient (``zeroth-order``).
     """
 
     uses: ClassVar[Literal["rows", "mean"]] = "mean"
@@ -51,12 +52,16 @@ class AllReduce(Algorithm):
     def step(
         self, comm: Communicator, oracle: Oracle, state: AllReduceState, batches: Batches
     ) -> Metrics:
-        """One gradient, one all-reduce of d elements."""
-        if comm.n == 1:  # its gradient is the mean, which then need not be written down
-            estimate = oracle.deferred(state.x, batches[0])
-            mean = estimate.grad
-        else:
-            estimate = oracle(state.x, batches[0])
-            mean = comm.all_reduce(estimate.grad, "mean").expand_as(state.x)
+        """One gradient, one all-reduce of d elements, or of what makes them."""
+        estimate = oracle.deferred(state.x, batches[0])
+        mean = estimate.grad
+        if not isinstance(mean, Tensor):
+            mean = mean.mean()
+        elif comm.n > 1:
+            mean = comm.all_reduce(mean, "mean")
+        if mean is None:
+            return {"loss": estimate.loss, **estimate.metrics, "skipped": 1.0}
+        if isinstance(mean, Tensor):
+            mean = mean.expand_as(state.x)
         self.optimizer.apply_(state.optimizer, state.x, mean, comm, estimate.mean_origin)
         return {"loss": estimate.loss, **estimate.metrics}

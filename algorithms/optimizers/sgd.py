@@ -13,7 +13,7 @@ from gossamer.algorithms.protocols import PLAIN, Directions, Optimizer, Origin
 from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.rows import combine
 
-__all__ = ["SGD", "Momentum"]
+__all__ = ["SGD", "Momentum", "SignSGD"]
 
 
 class SGD(Optimizer):
@@ -73,6 +73,21 @@ class Momentum(Optimizer):
         grad = _decayed(self.weight_decay, x, grad)
         combine([(self.beta, state.m), (1.0, grad)], out=state.m)
         return combine([(1.0, grad), (self.beta, state.m)]) if self.nesterov else state.m
+
+
+class SignSGD(Optimizer):
+    """SGD along signs (arXiv:1802.04434): x -= lr * (sign(g) + weight_decay * x), elementwise."""
+
+    name: Literal["sign-sgd"] = "sign-sgd"
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of the parameters, times the learning rate; signs do not see it."""
+
+    def init(self, x: Tensor) -> None:
+        """Keep no state."""
+
+    def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+        """Return the signs, decayed."""
+        return _decayed(self.weight_decay, x, grad.sign())
 
 
 def _decayed(weight_decay: float, x: Tensor, grad: Tensor) -> Tensor:

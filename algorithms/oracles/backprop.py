@@ -10,59 +10,34 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field, PrivateAttr
-from torch import Tensor, nn
+from pydantic import PrivateAttr
+from torch import Tensor
 
-from gossamer.algorithms.oracles.buffers import BufferRows
+from gossamer.algorithms.oracles.module_oracle import ModuleOracle, chunks_of
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
-from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Clip, Estimate, Oracle, Sink
-from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
+from gossamer.algorithms.protocols import Clip, Estimate, Sink
+from gossamer.runtime import Communicator, ConfigError, combine
 from gossamer.runtime.random import Random
 from gossamer.runtime.rows import empty_rows
 
 __all__ = ["Backprop"]
 
 
-class Backprop(Oracle):
+class Backprop(ModuleOracle):
     """The mean gradient over a mini-batch, by backpropagation."""
 
     name: Literal["backprop"] = "backprop"
-    batch_size: int = Field(default=32, ge=1)
-    """Examples per rank and gradient."""
-    sampling: Literal["shuffle", "replacement", "full"] = "shuffle"
-    """``shuffle``: epochs; ``replacement``: independent draws; ``full``: the whole shard."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Examples per forward pass, to bound memory; None: the whole batch at once."""
-    autocast: Literal["none", "bfloat16"] = "none"
-    """Compute the forward pass in bfloat16 where torch deems it safe; rows stay as they are."""
     vectorize: bool = False
     """All hosted ranks in one torch.func pass: faster for many small ranks, equal to rounding."""
-    objective: Literal["auto", "ranks", "examples"] = "auto"
-    """f is the mean of f_i over ranks, or over examples (unequal shards count by their size);
-    auto: the task's and algorithm's own choice."""
 
-    _comm: Communicator = PrivateAttr()
-    _problem: Problem = PrivateAttr()
-    _layout: RowLayout = PrivateAttr()
-    _buffers: BufferRows = PrivateAttr()
     _grad: Tensor = PrivateAttr()
-    _weighting: Literal["ranks", "examples"] = PrivateAttr(default="ranks")
-    _factors: Tensor | None = PrivateAttr(default=None)
     _per_sample: PerSampleGradients | None = PrivateAttr(default=None)
-    _calls: tuple[int, int] = PrivateAttr(default=(-1, 0))
 
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
-        """Lay out the module and give each hosted rank its own buffers."""
-        self._comm, self._problem = comm, problem
-        problem.module.to(comm.device)
-        self._layout = RowLayout(problem.module)
-        self._buffers = BufferRows(problem.module, comm.local)
+        """Lay out the module and a row for its gradients."""
+        plan = super().setup(comm, problem)
         self._grad = comm.alloc(self._layout.d, self._layout.dtype)
-        self._weighting = problem.objective if self.objective == "auto" else self.objective
-        self._factors = _factors(problem, comm) if self._weighting == "examples" else None
-        if self.sampling == "full" and not problem.shards:
-            raise ConfigError("oracle.sampling: a streaming task has no full batch; use 'shuffle'")
         if self.vectorize and self.micro_batch_size:
             raise ConfigError("oracle.micro_batch_size: has no effect with vectorize; drop one")
         if self.vectorize and any(
@@ -72,22 +47,7 @@ class Backprop(Oracle):
                 "oracle.vectorize: the model keeps running statistics (BatchNorm), one set per "
                 "rank; use GroupNorm or LayerNorm, or vectorize: false"
             )
-        return DataPlan(batch_size=self.batch_size, sampling=self.sampling)
-
-    @property
-    def layout(self) -> RowLayout:
-        """How the module lies in a row."""
-        return self._layout
-
-    @property
-    def weighting(self) -> Literal["ranks", "examples"]:
-        """What the mean f of its gradients runs over."""
-        return self._weighting
-
-    @property
-    def buffers(self) -> BufferRows:
-        """The hosted ranks' buffers (running statistics)."""
-        return self._buffers
+        return plan
 
     def __call__(
         self,
@@ -136,7 +96,7 @@ class Backprop(Oracle):
         grad, losses = self._sums(), torch.zeros(len(batch), dtype=torch.float64)
         for i, (rank, examples) in enumerate(zip(self._comm.ranks, batch, strict=True)):
             points = [(c, rows[i]) for c, rows in combine or [(1.0, x)]]
-            chunks = _chunks(examples.inputs, self.micro_batch_size) if len(examples) else []
+            chunks = chunks_of(examples.inputs, self.micro_batch_size) if len(examples) else []
             for k, chunk in enumerate(chunks):
 
                 def bind(row: Tensor, i: int = i, rank: int = rank, k: int = k) -> None:
@@ -148,23 +108,6 @@ class Backprop(Oracle):
         counts = torch.tensor([len(b) for b in batch], dtype=torch.float64)
         return Estimate(loss=losses, grad=grad, weight=counts)
 
-    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
-        """Return the losses at x, (local,) float64."""
-        losses = torch.empty(len(batch), dtype=torch.float64)
-        with torch.no_grad(), self._cast():
-            for i, examples in enumerate(self._moved(batch)):
-                module = self._module_at(x[i], i)
-                losses[i] = self._problem.loss(module, examples.inputs)
-        return losses
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the buffers, one row per hosted rank."""
-        return self._buffers.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the buffers back."""
-        self._buffers.load_state_dict(state)
-
     # --- inside -----------------------------------------------------------------------------
 
     def _sums(self) -> Tensor:
@@ -172,31 +115,6 @@ class Backprop(Oracle):
         if self._layout.dtype in (torch.float32, torch.float64):
             return self._grad.zero_()
         return torch.zeros(self._grad.shape, dtype=torch.float32, device=self._grad.device)
-
-    def _next_draw(self) -> int:
-        """Count the calls within a step: they draw different dropout masks."""
-        step, calls = self._calls
-        calls = calls + 1 if step == self._comm.step else 0
-        self._calls = (self._comm.step, calls)
-        return calls
-
-    def _moved(self, batch: RankBatches) -> RankBatches:
-        """Return the batches where the module is: datasets stay on the CPU."""
-        if self._comm.device.type == "cpu":
-            return batch
-        return [Batch(tuple(t.to(self._comm.device) for t in b.inputs), b.indices) for b in batch]
-
-    def _module_at(self, row: Tensor, i: int, grad: Tensor | None = None) -> nn.Module:
-        self._layout.bind(self._problem.module, row, grad)
-        self._buffers.bind(i)
-        return self._problem.module
-
-    def _cast(self) -> torch.autocast:
-        enabled = self.autocast == "bfloat16"
-        return torch.autocast(self._comm.device.type, torch.bfloat16, enabled=enabled)
-
-    def _weights(self, batch: RankBatches) -> Tensor:
-        return torch.tensor([self._problem.weigh(b.inputs) for b in batch], dtype=torch.float64)
 
     def _combined(
         self,
@@ -253,7 +171,7 @@ class Backprop(Oracle):
         module = self._module_at(row, i, grad)
         if len(inputs[0]) == 0:
             return torch.zeros((), dtype=torch.float64)  # an empty Poisson draw
-        chunks = _chunks(inputs, self.micro_batch_size)
+        chunks = chunks_of(inputs, self.micro_batch_size)
         total = self._problem.weigh(inputs)
         loss_sum = torch.zeros((), dtype=torch.float64)
         for chunk in chunks:
@@ -268,22 +186,3 @@ class Backprop(Oracle):
         """Make the mean over ranks the objective's gradient when f is a mean over examples."""
         if self._factors is not None:
             combine([(self._factors, grad)], out=grad)
-
-
-def _factors(problem: Problem, comm: Communicator) -> Tensor | None:
-    """Return n N_i / N per hosted rank, (local, 1); None where all are 1.
-
-    Every process knows all shards, so nothing is sent. Examples count alike: tasks of tokens cut
-    them to one length.
-    """
-    sizes = [len(shard) for shard in problem.shards]
-    if len(set(sizes)) <= 1:
-        return None
-    share = [[comm.n * sizes[rank] / sum(sizes)] for rank in comm.ranks]
-    return torch.tensor(share, dtype=torch.float64)
-
-
-def _chunks(inputs: tuple[Tensor, ...], size: int | None) -> list[tuple[Tensor, ...]]:
-    if size is None or len(inputs[0]) <= size:
-        return [inputs]
-    return list(zip(*(tensor.split(size) for tensor in inputs), strict=True))

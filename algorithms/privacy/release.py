@@ -57,9 +57,13 @@ class Release:
         assert not self.kept, "one filter at most"
         return replace(self, weight=weight, kept=kept, out=out, raw=raw)
 
-    def mean(self) -> Tensor:
-        """Return the mean of the rows over ranks, (1, d)."""
-        return self.comm.all_reduce(self.dense(), "mean")
+    def mean(self) -> Tensor | Directions:
+        """Return the mean of the rows over ranks, (1, d); one rank's own is not written yet."""
+        return self if self.comm.n == 1 else self.comm.all_reduce(self.dense(), "mean")
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """Return columns begin..end of ``dense``."""
+        return self.dense()[:, begin:end]
 
     def dense(self) -> Tensor:
         """Return the rows (local, d), written at the first call."""

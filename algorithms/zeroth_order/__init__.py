@@ -1,0 +1,1 @@
+"""Gradients estimated from losses alone, and what ranks then need to exchange."""

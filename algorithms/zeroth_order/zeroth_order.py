@@ -1,0 +1,287 @@
+"""``zeroth-order``: gradients estimated from two losses each (arXiv:2305.17333, arXiv:2402.11592).
+
+No graph, no activations, no gradient: what is held beyond the parameters is what a forward pass
+needs, and scratch for one layer. An estimate is a number for each random direction, which any rank
+can make again: with ``all-reduce`` the ranks exchange these numbers alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gossamer.algorithms.oracles.module_oracle import ModuleOracle
+from gossamer.algorithms.oracles.vectorized import Stateless
+from gossamer.algorithms.problems import DataPlan, Loss, Problem, RankBatches
+from gossamer.algorithms.protocols import Estimate, Metrics, Sink
+from gossamer.algorithms.zeroth_order.objectives import find_objective
+from gossamer.algorithms.zeroth_order.probes import Probes
+from gossamer.algorithms.zeroth_order.transient import TransientModule
+from gossamer.runtime import Communicator, ConfigError, row_dot
+from gossamer.runtime.perturb import Distribution, Mask, add_, direction_, perturb_
+from gossamer.runtime.random import derive_key
+
+__all__ = ["ZerothOrder"]
+
+log = logging.getLogger("gossamer")
+
+_CHECKED = 8
+"""Examples with which the losses of moved and of written parameters are compared."""
+_BLOCK = 2**18
+
+
+class ZerothOrder(ModuleOracle):
+    """A gradient from losses along random directions z: sum_k (g_k / q) z_k.
+
+    ``two-sided``: g = (L(x + eps z) - L(x - eps z)) / (2 eps); ``one-sided``: g = (L(x + eps z) -
+    L(x)) / eps; ``forward``: g = <grad L(x), z> by one forward-mode derivative (arXiv:2202.08587),
+    without eps, with the memory of a tangent. All at the same x, on the same examples, without
+    dropout. E |estimate|^2 is about d / q |grad|^2: rates are that much smaller than backprop's.
+    """
+
+    name: Literal["zeroth-order"] = "zeroth-order"
+    eps: float = Field(default=1e-3, gt=0)
+    """How far along z a loss is taken."""
+    queries: int = Field(default=1, ge=1)
+    """Directions q per rank and estimate."""
+    estimate: Literal["two-sided", "one-sided", "forward"] = "two-sided"
+    """Losses behind a g: 2 for each direction; 1, and 1 for all; a derivative."""
+    distribution: Literal["normal", "rademacher", "sphere"] = "normal"
+    """Of z; ``sphere``: normal, then scaled to the length sqrt(d)."""
+    directions: Literal["shared", "own"] = "shared"
+    """``shared``: all ranks take the same; ``own``: each its own, n q in all."""
+    coefficient: Literal["value", "sign"] = "value"
+    """``sign``: g becomes 1 or -1, as in the released code of sign-SGD (arXiv:2402.11592); the
+    elementwise sign is the optimizer ``sign-sgd``."""
+    sparsity: float = Field(default=0.0, ge=0, le=1)
+    """Share of the elements of z that are 0, at random."""
+    mask_interval: int = Field(default=1, ge=1)
+    """Steps that one random mask serves."""
+    minimize: str = "loss"
+    """``loss``; ``f1`` or a score of the task (``accuracy``), which is maximised; or
+    ``package.module:function``, (module, inputs) -> a number. None needs a gradient."""
+    restore: Literal["auto", "transient", "snapshot"] = "auto"
+    """How x comes back to the bit: ``transient``: it is never written, layers compute with moved
+    copies of their parameters; ``snapshot``: from a copy of the row. auto: transient where the
+    model's loss allows it."""
+
+    _transient: TransientModule | None = PrivateAttr(default=None)
+    _seed: int = PrivateAttr(default=0)
+    _forwards: int = PrivateAttr(default=0)
+    _has_warned: bool = PrivateAttr(default=False)
+
+    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
+        """Lay out the module, without dropout, and see how its parameters can be moved.
+
+        Raises:
+            ConfigError: there is nothing of the name ``minimize``, or the fields do not fit.
+        """
+        plan = super().setup(comm, problem)
+        problem.module.eval()
+        objective = find_objective(self.minimize, problem, "oracle.minimize")
+        if self.minimize != "loss" and self.estimate == "forward":
+            raise ConfigError(
+                "oracle.estimate: forward takes a derivative, which only minimize: loss has; use "
+                "two-sided"
+            )
+        if self.minimize != "loss" and self.micro_batch_size is not None:
+            raise ConfigError(
+                "oracle.micro_batch_size: a score of parts says nothing of the whole; leave it out "
+                "with minimize"
+            )
+        self._seed = derive_key(comm.seed.value, "zeroth-order")
+        self._problem = replace(problem, loss=objective)
+        if self.restore != "snapshot" and self.estimate != "forward":
+            self._transient = self._find_transient(problem)
+        return plan
+
+    def _find_transient(self, problem: Problem) -> TransientModule | None:
+        """Return what moves the parameters; None where it would miss some."""
+        found = TransientModule(problem.module, self._layout)
+        inputs = tuple(t.to(self._comm.device) for t in problem.examples(_CHECKED))
+        losses = {problem.loss, self._problem.loss}
+        if all(found.follows(partial(_value, loss, problem.module, inputs)) for loss in losses):
+            return found
+        if self.restore == "transient":
+            raise ConfigError(
+                "oracle.restore: the loss takes parameters past the forward of their layers (a "
+                "penalty, or weights of another layer), so transient would miss them; use snapshot"
+            )
+        log.info("zeroth order: the loss takes parameters past their layers, so rows are copied")
+        return None
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+        sink: Sink | None = None,
+    ) -> Estimate:
+        """Return the estimate as rows."""
+        estimate = self.deferred(x, batch, combine=combine).dense()
+        if sink is not None:
+            for s in self._layout.slices:
+                sink(slice(s.begin, s.end), estimate.grad[:, s.begin : s.end])
+        return estimate
+
+    def deferred(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+    ) -> Estimate:
+        """Return the estimate as Probes; the loss is the mean of those that were taken."""
+        comm, draw, batch = self._comm, self._next_draw(), self._moved(batch)
+        numbers = [self._numbers(rank, draw) for rank in range(comm.n)]
+        points = combine or [(1.0, x)]
+        slopes = torch.zeros(comm.local, self.queries, dtype=torch.float64)
+        losses = torch.zeros(comm.local, dtype=torch.float64)
+        for i, (rank, examples) in enumerate(zip(comm.ranks, batch, strict=True)):
+            for c, rows in points:
+                found, loss = self._slopes(rows[i], i, examples.inputs, numbers[rank])
+                slopes[i] += c * found
+                losses[i] = loss if rows is x else losses[i]
+        if not any(rows is x for _, rows in points):
+            losses = self.loss(x, batch)
+        self._forwards += len(points) * self._forwards_per_point
+        coefficients = slopes / self.queries
+        if self._factors is not None:
+            coefficients *= self._factors
+        probes = Probes(
+            comm,
+            self._layout,
+            self._seed,
+            comm.step,
+            numbers,
+            coefficients,
+            self._elements,
+            self._mask,
+        )
+        metrics: Metrics = {"slope": slopes.abs().mean(dim=1), "forwards": float(self._forwards)}
+        return Estimate(losses, probes, self._weights(batch), metrics=metrics)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the buffers and how many forward passes were made."""
+        made = torch.full((self._comm.local,), self._forwards, dtype=torch.int64)
+        return {**super().state_dict(), "forwards": made}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take them back."""
+        super().load_state_dict(state)
+        self._forwards = int(state["forwards"][0])
+
+    # --- inside -----------------------------------------------------------------------------
+
+    @property
+    def _elements(self) -> Distribution:
+        return "rademacher" if self.distribution == "rademacher" else "normal"
+
+    @property
+    def _mask(self) -> Mask | None:
+        return Mask(self.sparsity, self.mask_interval) if self.sparsity else None
+
+    @property
+    def _forwards_per_point(self) -> int:
+        return {
+            "two-sided": 2 * self.queries,
+            "one-sided": 1 + self.queries,
+            "forward": self.queries,
+        }[self.estimate]
+
+    def _numbers(self, rank: int, draw: int) -> list[int]:
+        """Return which probes a rank makes in its ``draw``-th call of a step."""
+        first, per_call = 0, self.queries
+        if self.directions == "own":
+            first, per_call = rank * self.queries, self._comm.n * self.queries
+        return [draw * per_call + first + k for k in range(self.queries)]
+
+    def _slopes(
+        self, row: Tensor, i: int, inputs: tuple[Tensor, ...], numbers: Sequence[int]
+    ) -> tuple[Tensor, float]:
+        """Return what multiplies each z in q times the estimate, (q,) float64, and the loss."""
+        self._module_at(row, i)
+        at_x = self._bound_loss(inputs) if self.estimate == "one-sided" else 0.0
+        slopes, losses = [], []
+        for number in numbers:
+            length = self._length(number)  # the direction is length z
+            if self.estimate == "forward":
+                slope, loss = self._derivative(row, inputs, number)
+                slope *= length
+            else:
+                high = self._loss_beside(row, i, inputs, number, self.eps * length)
+                if self.estimate == "two-sided":
+                    low = self._loss_beside(row, i, inputs, number, -self.eps * length)
+                    slope, loss = (high - low) / (2 * self.eps), (high + low) / 2
+                else:
+                    slope, loss = (high - at_x) / self.eps, at_x
+                self._warn_of_zero(slope)
+            slope = float(torch.tensor(slope).sign()) if self.coefficient == "sign" else slope
+            slopes.append(slope * length)
+            losses.append(loss)
+        return torch.tensor(slopes, dtype=torch.float64), sum(losses) / len(losses)
+
+    def _loss_beside(
+        self, row: Tensor, i: int, inputs: tuple[Tensor, ...], number: int, scale: float
+    ) -> float:
+        """Return the loss at ``row + scale z``; the row is kept."""
+        z = (self._seed, self._comm.step, number, scale, self._elements, self._mask)
+        if self._transient is not None:
+            with self._transient.moved(lambda flat, pieces: add_(flat, pieces, *z)):
+                return self._bound_loss(inputs)
+        self._module_at(perturb_(row.clone(), self._layout, *z), i)
+        return self._bound_loss(inputs)
+
+    def _derivative(
+        self, row: Tensor, inputs: tuple[Tensor, ...], number: int
+    ) -> tuple[float, float]:
+        """Return <grad L, z> and L."""
+        layout, problem = self._layout, self._problem
+        z = torch.empty_like(row)
+        direction_(z, layout, self._seed, self._comm.step, number, self._elements, self._mask)
+        names = [s.name for s in layout.slices]
+        values, tangents = (
+            dict(zip(names, layout.views(vector), strict=True)) for vector in (row, z)
+        )
+
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return problem.loss(Stateless(problem.module, parameters), inputs)
+
+        # The fused kernels of attention have no forward-mode derivative.
+        with torch.no_grad(), self._cast(), sdpa_kernel(SDPBackend.MATH):
+            value, slope = torch.func.jvp(loss, (values,), (tangents,))[:2]
+        return slope.double().item(), value.double().item()
+
+    def _length(self, number: int) -> float:
+        """Return what makes z as long as sqrt(d), for ``sphere``; 1 for the others."""
+        if self.distribution != "sphere":
+            return 1.0
+        layout, square = self._layout, 0.0
+        for begin in range(0, layout.d, _BLOCK):
+            part = torch.empty(min(_BLOCK, layout.d - begin), device=self._comm.device)
+            direction_(part, layout, self._seed, self._comm.step, number, begin=begin)
+            square += row_dot(part[None], part[None]).item()
+        return float((layout.size / square) ** 0.5)
+
+    def _warn_of_zero(self, slope: float) -> None:
+        if slope == 0.0 and self.minimize == "loss" and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "zeroth order: two losses were equal to the bit at step %d, so the estimate is 0: "
+                "oracle.eps: %g may be too small for the loss's precision",
+                self._comm.step,
+                self.eps,
+            )
+
+
+def _value(loss: Loss, module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    return loss(module, inputs).double().item()
