@@ -1,0 +1,506 @@
+"""Estimates from losses: the formulas, the memory of parameters, who exchanges what."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gossamer.algorithms.decentralized.all_reduce import AllReduce
+from gossamer.algorithms.decentralized.dsgd import DSGD
+from gossamer.algorithms.optimizers.adam import Adam, AdamW
+from gossamer.algorithms.optimizers.sgd import SGD, Momentum, SignSGD
+from gossamer.algorithms.problems import Problem
+from gossamer.algorithms.program import TrainingProgram
+from gossamer.algorithms.tasks.arrays import TensorDataset
+from gossamer.algorithms.tasks.objectives import ClassificationLoss, count_right
+from gossamer.algorithms.tasks.transformer import Transformer
+from gossamer.algorithms.zeroth_order.transient import TransientModule
+from gossamer.algorithms.zeroth_order.zeroth_order import ZerothOrder
+from gossamer.runtime import Communicator, ConfigError, RowLayout, StackedTransport
+from gossamer.runtime.perturb import add_, direction_, perturb_
+from gossamer.topologies import build
+
+N = 48
+"""Examples."""
+
+
+class Point(nn.Module):
+    """A point of space."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.x = nn.Parameter(start)
+
+    def forward(self, a):
+        return self.x - a
+
+
+def quadratic(d=12, n=1):
+    """Return a problem with loss (x - a)' H (x - a) / 2, and H."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
+    h = root @ root.T + 0.1 * torch.eye(d, dtype=torch.float64)
+    a = torch.randn(N, d, generator=generator, dtype=torch.float64)
+
+    def loss(model, inputs):
+        apart = model(inputs[0])
+        return 0.5 * ((apart @ h) * apart).sum(1).mean()
+
+    shards = tuple(np.array_split(np.arange(N), n))
+    return Problem(
+        Point(torch.full((d,), 1.5, dtype=torch.float64)), TensorDataset((a,)), shards, loss
+    ), h
+
+
+def network(n=1, dtype=torch.float32, **penalty):
+    """Return a classifier's problem, with dropout in the module."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(N, 5, generator=generator).to(dtype)
+    targets = torch.randint(3, (N,), generator=generator)
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 3)).to(dtype)
+    shards = tuple(np.array_split(np.arange(N), n))
+    loss = ClassificationLoss(**penalty)
+    return Problem(module, TensorDataset((inputs, targets)), shards, loss, score=count_right)
+
+
+def words(n=1):
+    """Return a small language model's problem, with embeddings and attention."""
+    torch.manual_seed(0)
+    module = Transformer(vocabulary=23, context=6, layers=1, width=8, heads=2, tied=True)
+    tokens = torch.randint(23, (N, 7), generator=torch.Generator().manual_seed(0))
+
+    def loss(model, inputs):
+        return F.cross_entropy(model(inputs[0]).flatten(0, -2), inputs[1].flatten())
+
+    data = TensorDataset((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+    return Problem(module, data, tuple(np.array_split(np.arange(N), n)), loss)
+
+
+def program(problem, oracle, optimizer=None, n=None, seed=0, algorithm=None):
+    comm = Communicator(build("ring", n or len(problem.shards)), StackedTransport(), seed=seed)
+    algorithm = algorithm or AllReduce(optimizer=optimizer or SGD(lr=0.01))
+    return TrainingProgram(comm, problem, oracle, algorithm).start()
+
+
+def advance(run, steps):
+    for _ in range(steps):
+        run.step()
+        run.comm.step += 1
+    return run
+
+
+def estimate_at(run, x=None):
+    x = run.state.x if x is None else x
+    batches = run._sampler.batches(run.comm.step, 1)
+    return run.oracle.deferred(x, batches[0]), batches[0]
+
+
+def full(**options):
+    return ZerothOrder(sampling="full", **options)
+
+
+# --- the formulas -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restore", ["transient", "snapshot"])
+def test_on_a_quadratic_two_losses_give_the_derivative_along_z(restore):
+    problem, h = quadratic()
+    run = program(problem, full(restore=restore))
+    found, _ = estimate_at(run)
+    x = run.layout.values(run.state.x[0])
+    grad = (x - problem.train.tensors[0].mean(0)) @ h
+    z = direction_(torch.zeros_like(run.state.x[0]), run.layout, run.oracle._seed, 0, 0)
+    slope = float(run.layout.values(z) @ grad)
+    assert found.grad.coefficients.item() == pytest.approx(slope, rel=1e-9)
+    assert torch.allclose(found.grad.dense()[0], slope * z, rtol=1e-9)
+
+
+def test_on_a_quadratic_one_sided_losses_add_the_curvature_along_z():
+    problem, h = quadratic()
+    run = program(problem, full(estimate="one-sided", eps=1e-2))
+    found, _ = estimate_at(run)
+    x = run.layout.values(run.state.x[0])
+    z = direction_(torch.zeros_like(run.state.x[0]), run.layout, run.oracle._seed, 0, 0)
+    z = run.layout.values(z)
+    grad = (x - problem.train.tensors[0].mean(0)) @ h
+    assert found.grad.coefficients.item() == pytest.approx(
+        float(z @ grad + 0.005 * z @ h @ z), rel=1e-9
+    )
+
+
+def test_losses_approach_the_derivative_as_the_square_of_eps():
+    slopes = {}
+    for name, options in {
+        "exact": {"estimate": "forward"},
+        "far": {"eps": 1e-2},
+        "near": {"eps": 1e-3},
+    }.items():
+        run = program(network(dtype=torch.float64), full(**options))
+        slopes[name] = estimate_at(run)[0].grad.coefficients.item()
+    far, near = (abs(slopes[name] - slopes["exact"]) for name in ("far", "near"))
+    assert 50 < far / near < 200
+
+
+@pytest.mark.parametrize(
+    ("distribution", "q"), [("normal", 1), ("normal", 4), ("rademacher", 1), ("sphere", 4)]
+)
+def test_estimates_have_the_gradient_as_mean_and_the_stated_square(distribution, q):
+    d, draws = 48, 800
+    problem, h = quadratic(d)
+    run = program(problem, full(distribution=distribution, queries=q))
+    grad = (run.layout.values(run.state.x[0]) - problem.train.tensors[0].mean(0)) @ h
+    rows = []
+    for step in range(draws):
+        run.comm.step = step
+        rows.append(run.layout.values(estimate_at(run)[0].grad.dense()[0]))
+    table = torch.stack(rows)
+    error = table.std(0) / draws**0.5
+    assert bool(((table.mean(0) - grad).abs() < 5 * error).all())
+    squares = table.square().sum(1)
+    factor = (d + (1 if distribution == "normal" else -1)) / q + 1
+    expected = factor * float(grad @ grad)
+    error = float(squares.std()) / draws**0.5
+    assert abs(float(squares.mean()) - expected) < 5 * error < 0.5 * expected
+
+
+def test_a_direction_on_the_sphere_is_as_long_as_the_root_of_d():
+    run = program(network(dtype=torch.float64), full(distribution="sphere", coefficient="sign"))
+    found = estimate_at(run)[0].grad.dense()[0]
+    assert float(found.norm()) == pytest.approx(run.layout.size**0.5, rel=1e-6)
+
+
+def test_estimates_of_sums_are_sums_of_estimates():
+    run = program(network(n=2, dtype=torch.float64), full(queries=2))
+    x, y = run.state.x, run.state.x + 0.1
+    batch = run._sampler.batches(0, 1)[0]
+    oracle = run.oracle
+
+    def dense(points):
+        oracle._calls = (-1, 0)
+        return oracle(x, batch, combine=points).grad
+
+    whole = dense([(1.0, x), (-0.5, y)])
+    assert torch.allclose(whole, dense([(1.0, x)]) - 0.5 * dense([(1.0, y)]), atol=1e-12)
+
+
+# --- parameters stay where they are -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [network, words])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", [2**18, 16])
+def test_layers_compute_at_moved_parameters_and_write_none(make, dtype, part, monkeypatch):
+    """With a part of 16 elements every linear layer and embedding goes through in parts."""
+    monkeypatch.setattr("gossamer.algorithms.zeroth_order.transient._PART", {"cpu": part})
+    problem = make()
+    problem.module.to(dtype).eval()
+    inputs = tuple(t.to(dtype) if t.is_floating_point() else t for t in problem.examples(8))
+    layout = RowLayout(problem.module)
+    row = layout.gather(problem.module, torch.empty(layout.d, dtype=dtype))
+    before = row.clone()
+    layout.bind(problem.module, row)
+    moved = TransientModule(problem.module, layout)
+    z = (5, 0, 3, 0.1)
+    with torch.no_grad():
+        with moved.moved(lambda flat, pieces: add_(flat, pieces, *z)):
+            found = problem.loss(problem.module, inputs)
+        layout.bind(problem.module, perturb_(row.clone(), layout, *z))
+        written = problem.loss(problem.module, inputs)
+        layout.bind(problem.module, row)
+        assert problem.loss(problem.module, inputs) != found
+    rel = 1e-6 if dtype is torch.float32 else 1e-2
+    assert float(found) == pytest.approx(float(written), rel=rel)
+    assert torch.equal(row, before)
+    assert not any(m._forward_hooks or "forward" in vars(m) for m in problem.module.modules())
+
+
+def test_an_error_inside_leaves_the_module_as_it_was():
+    problem = network()
+    layout = RowLayout(problem.module)
+    data = [p.data for p in problem.module.parameters()]
+    moved = TransientModule(problem.module, layout)
+
+    def fail(flat, pieces):
+        if len(flat) == 3:  # the last bias
+            raise ArithmeticError("on purpose")
+
+    with pytest.raises(ArithmeticError), moved.moved(fail):
+        problem.module(problem.examples(2)[0])
+    assert all(
+        p.data is d or p.data.data_ptr() == d.data_ptr()
+        for p, d in zip(problem.module.parameters(), data, strict=True)
+    )
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in problem.module.modules())
+
+
+def test_ten_thousand_estimates_leave_every_bit_of_a_16_bit_model():
+    run = program(network(dtype=torch.bfloat16), ZerothOrder(batch_size=4, eps=1e-2))
+    x = run.state.x
+    before = x.clone()
+    batches = run._sampler.batches(0, 1)[0]
+    for _ in range(10_000):
+        run.oracle.deferred(x, batches)
+    assert torch.equal(x, before)
+
+
+def test_a_penalty_on_parameters_is_seen_and_rows_are_copied_then():
+    plain = program(network(), full())
+    assert plain.oracle._transient is not None
+    run = program(network(l2=0.01), full())
+    assert run.oracle._transient is None
+    exact = program(network(l2=0.01), full(estimate="forward"))
+    found, expected = (estimate_at(r)[0].grad.coefficients.item() for r in (run, exact))
+    assert found == pytest.approx(expected, rel=1e-2)
+    with pytest.raises(ConfigError, match=r"oracle\.restore: .* use snapshot"):
+        program(network(l2=0.01), full(restore="transient"))
+
+
+def test_looking_for_a_penalty_leaves_every_bit():
+    problem = network(dtype=torch.bfloat16, l2=0.01)
+    before = [p.detach().clone() for p in problem.module.parameters()]
+    layout = RowLayout(problem.module)
+    inputs = problem.examples(8)
+    problem.module.eval()
+    moved = TransientModule(problem.module, layout)
+    assert not moved.follows(lambda: problem.loss(problem.module, inputs).double().item())
+    assert all(map(torch.equal, before, problem.module.parameters()))
+
+
+# --- who exchanges what -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("directions", ["shared", "own"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_ranks_exchange_eight_bytes_per_probe_and_stay_equal(directions, n):
+    run = program(network(n=n), ZerothOrder(batch_size=4, queries=2, directions=directions))
+    advance(run, 5)
+    assert all(torch.equal(row, run.state.x[0]) for row in run.state.x)
+    assert run.comm.traffic.bytes_sent.sum() == 5 * n * (n - 1) * 2 * 8
+
+
+def test_own_directions_on_equal_data_are_one_rank_with_all_queries():
+    one = network()
+    same = replace(one, shards=(np.arange(N),) * 4)
+    runs = [
+        program(network(), full(queries=4)),
+        program(same, full(directions="own"), n=4),
+    ]
+    for run in runs:
+        advance(run, 6)
+    assert torch.equal(runs[0].state.x[0], runs[1].state.x[0])
+
+
+def test_shared_directions_on_shards_are_one_rank_on_all_examples():
+    runs = [program(network(n=n, dtype=torch.float64), full()) for n in (1, 4)]
+    for run in runs:
+        advance(run, 6)
+    apart = (runs[0].state.x[0] - runs[1].state.x[0]).abs().max()
+    assert float(apart) <= 1e-12 * float(runs[0].state.x[0].abs().max())
+
+
+def test_unequal_shards_weigh_by_their_examples():
+    whole = network(dtype=torch.float64)
+    uneven = replace(whole, shards=(np.arange(8), np.arange(8, N)), objective="examples")
+    found = [
+        estimate_at(program(problem, full(), n=n))[0].grad.mean().coefficients[0].item()
+        for problem, n in ((network(dtype=torch.float64), 1), (uneven, 2))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.01), Momentum(lr=0.01), Adam(lr=0.01)])
+def test_a_loss_that_is_not_finite_on_one_rank_makes_all_skip_the_step(optimizer):
+    problem = network(n=3)
+    bad = problem.shards[1]
+
+    def loss(model, inputs, whole=problem.loss):
+        value = whole(model, inputs)
+        broken = torch.isin(inputs[0][:, 0], problem.train.tensors[0][bad, 0]).any()
+        return value / 0 if broken and run is not None and run.comm.step == 2 else value
+
+    run = None
+    run = program(replace(problem, loss=loss), full(), optimizer)
+    advance(run, 2)
+    before = run.state.x.clone()
+    state = (
+        [t.clone() for t in vars(run.state.optimizer).values() if isinstance(t, torch.Tensor)]
+        if run.state.optimizer
+        else []
+    )
+    assert run.step()["skipped"] == 1.0
+    assert torch.equal(run.state.x, before)
+    if run.state.optimizer is not None:
+        now = [t for t in vars(run.state.optimizer).values() if isinstance(t, torch.Tensor)]
+        assert all(map(torch.equal, state, now))
+        assert getattr(run.state.optimizer, "t", 2) == 2
+    run.comm.step += 1
+    assert "skipped" not in run.step()
+    assert not torch.equal(run.state.x, before)
+
+
+def test_averaging_algorithms_take_the_estimate_as_a_row():
+    run = program(network(n=4), full(), algorithm=DSGD(optimizer=SGD(lr=0.01)))
+    other = program(network(n=4), full())
+    before = run.state.x.clone()
+    advance(run, 1)
+    advance(other, 1)
+    assert not torch.equal(run.state.x, before)
+    assert torch.allclose(run.state.x.mean(0), other.state.x.mean(0), atol=1e-7)
+
+
+# --- updates ------------------------------------------------------------------------------------
+
+OPTIMIZERS = [
+    SGD(lr=0.1, weight_decay=0.1),
+    Momentum(lr=0.1),
+    Momentum(lr=0.1, nesterov=True, weight_decay=0.1),
+    Adam(lr=0.1),
+    AdamW(lr=0.1),
+    SignSGD(lr=0.1, weight_decay=0.1),
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: f"{o.name}-{o.weight_decay}")
+def test_an_update_in_parts_is_the_update_of_whole_rows(optimizer, monkeypatch):
+    rows = [program(network(n=2), full(queries=2), optimizer) for _ in range(2)]
+    monkeypatch.setattr("gossamer.algorithms.protocols._COLUMNS", 16)
+    advance(rows[0], 4)
+    for _ in range(4):
+        run = rows[1]
+        mean = estimate_at(run)[0].grad.mean().dense()
+        optimizer.update_(run.state.optimizer, run.state.x, mean, run.comm)
+        run.comm.step += 1
+    assert torch.allclose(rows[0].state.x, rows[1].state.x, rtol=0, atol=1e-6)
+    if optimizer.name != "sgd":  # which takes rows and parts in the same order of roundings
+        assert torch.equal(rows[0].state.x, rows[1].state.x)
+
+
+def test_scaling_the_loss_leaves_steps_along_signs_as_they_are():
+    runs = []
+    for scale in (1.0, 8.0):
+        problem = network()
+        scaled = replace(problem, loss=lambda m, i, s=scale, f=problem.loss: s * f(m, i))
+        runs.append(advance(program(scaled, full(), SignSGD(lr=0.01)), 5))
+    assert torch.equal(runs[0].state.x, runs[1].state.x)
+
+
+def test_momentum_zero_is_sgd():
+    runs = [program(network(), full(), o) for o in (SGD(lr=0.01), Momentum(lr=0.01, beta=0.0))]
+    for run in runs:
+        advance(run, 5)
+    assert torch.allclose(runs[0].state.x, runs[1].state.x, rtol=0, atol=1e-7)
+
+
+def test_the_sign_of_the_slope_keeps_the_lengths_of_z():
+    run = program(network(), full(coefficient="sign", queries=3))
+    found = estimate_at(run)[0].grad.coefficients[0].tolist()
+    assert {abs(c) for c in found} == {1 / 3}
+
+
+def test_a_masked_estimate_has_the_mask_of_its_direction():
+    run = program(network(), full(sparsity=0.5, mask_interval=2))
+    zeros = []
+    for step in range(4):
+        run.comm.step = step
+        zeros.append(run.layout.values(estimate_at(run)[0].grad.dense()[0]) == 0)
+    assert torch.equal(zeros[0], zeros[1]), "one mask serves two steps"
+    assert torch.equal(zeros[2], zeros[3])
+    assert not torch.equal(zeros[1], zeros[2])
+    share, d = float(zeros[0].double().mean()), run.layout.size
+    assert abs(share - 0.5) < 5 * math.sqrt(0.25 / d)
+
+
+# --- what is minimised --------------------------------------------------------------------------
+
+
+def always_seven(module, inputs):
+    return 7
+
+
+@pytest.mark.parametrize("minimize", ["accuracy", "f1", f"{__name__}:always_seven"])
+def test_anything_that_can_be_computed_can_be_minimised(minimize, caplog):
+    run = program(network(), full(minimize=minimize, eps=0.5))
+    found, batch = estimate_at(run)
+    if minimize == "accuracy":
+        loss = run.oracle.loss(run.state.x, batch)
+        score = count_right(run.problem.module, batch[0].inputs)["accuracy"]
+        assert float(loss) == pytest.approx(-float(score) / N)
+    if ":" in minimize:
+        assert found.loss.item() == 7
+        assert found.grad.coefficients.item() == 0
+
+
+def test_f1_is_that_of_scikit_learn():
+    from sklearn.metrics import f1_score
+
+    from gossamer.algorithms.zeroth_order.objectives import negative_f1
+
+    problem = network()
+    inputs = problem.examples(N)
+    with torch.no_grad():
+        found = problem.module.eval()(inputs[0]).argmax(1)
+        expected = f1_score(inputs[1], found, average="macro")
+        assert float(negative_f1(problem.module, inputs)) == pytest.approx(-expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minimize": "recall"}, r"oracle\.minimize: the task has no score 'recall'"),
+        ({"minimize": "nowhere:f"}, r"oracle\.minimize: there is no module 'nowhere'"),
+        ({"minimize": "f1", "estimate": "forward"}, r"oracle\.estimate: forward takes a deriv"),
+        ({"minimize": "f1", "micro_batch_size": 2}, r"oracle\.micro_batch_size: a score of parts"),
+    ],
+)
+def test_what_cannot_be_minimised_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        program(network(), full(**options))
+
+
+def test_equal_losses_are_warned_of_once(caplog):
+    run = program(network(), full(eps=1e-12))
+    advance(run, 3)
+    assert sum("oracle.eps" in record.message for record in caplog.records) == 1
+
+
+def test_dropout_is_off():
+    run = program(network(), full(queries=1))
+    found = []
+    for _ in range(2):
+        run.oracle._calls = (-1, 0)
+        found.append(estimate_at(run)[0].loss.item())
+    assert found[0] == found[1]
+
+
+def test_calls_within_a_step_take_other_directions():
+    run = program(network(n=2), full(queries=2, directions="own"))
+    numbers = [
+        run.oracle.deferred(run.state.x, run._sampler.batches(0, 1)[0]).grad.numbers
+        for _ in range(2)
+    ]
+    flat = [number for call in numbers for rank in call for number in rank]
+    assert len(set(flat)) == len(flat) == 8
+
+
+def test_parts_of_a_batch_have_the_loss_of_the_whole():
+    found = [
+        estimate_at(program(network(dtype=torch.float64), full(micro_batch_size=size)))[
+            0
+        ].loss.item()
+        for size in (None, 7)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_a_resumed_run_counts_on():
+    run = advance(program(network(), full()), 3)
+    tensors, scalars = run.snapshot()
+    other = program(network(), full())
+    other.restore(tensors, scalars)
+    other.comm.step = 3
+    assert advance(other, 1).step()["forwards"] == advance(run, 1).step()["forwards"] == 10.0
