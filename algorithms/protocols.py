@@ -6,7 +6,7 @@ Shapes: ``local`` ranks are hosted by this process, a row has ``d`` elements.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -108,6 +108,17 @@ class Estimate:
     origin: Origin = PLAIN
     mean_origin: Origin = PLAIN
     metrics: Metrics = field(default_factory=dict)
+
+    def mean(self, comm: Communicator) -> Tensor | Directions | None:
+        """Return the mean of ``grad`` over ranks, for each hosted rank; every process calls it.
+
+        None: some rank's losses were not finite, and no rank may take the step.
+        """
+        if not isinstance(self.grad, Tensor):
+            mean: Tensor | Directions | None = self.grad.mean()
+        else:
+            mean = comm.all_reduce(self.grad, "mean") if comm.n > 1 else self.grad
+        return mean.expand(comm.local, -1) if isinstance(mean, Tensor) else mean
 
     def dense(self) -> Estimate:
         """Return the estimate with its gradient as rows."""
@@ -258,6 +269,13 @@ class Oracle(Component, ABC):
         """
         return self(x, batch, combine=combine)
 
+    def sweep_over(self, x: Tensor, batch: RankBatches) -> Iterator[Estimate]:
+        """Yield the estimates of one step, each at x as it is by then: the caller moves x between.
+
+        One ``deferred`` estimate, unless the oracle takes the parameters block by block.
+        """
+        yield self.deferred(x, batch)
+
     def clipped(
         self,
         x: Tensor,
@@ -384,6 +402,8 @@ class Algorithm(Component, ABC):
     """What of the oracle's gradients leaves a rank: each rank's own, or the mean over all alone."""
     sends: ClassVar[str] = "what its algorithm exchanges"
     """What leaves a rank in a step, in words; a private run's report says it."""
+    sweeps: ClassVar[bool] = False
+    """Whether it takes ``Oracle.sweep_over``, and moves x between its estimates."""
     optional_optimizer: ClassVar[bool] = False
     """Whether it runs with and without an ``optimizer`` section."""
     objective: ClassVar[Literal["ranks", "examples"] | None] = None

@@ -71,6 +71,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "ad-psgd": "decentralized.ad_psgd:ADPSGD",
         "dnsgd": "decentralized.dnsgd:DNSGD",
         "gt-nsgdm": "decentralized.gt_nsgdm:GTNSGDm",
+        "conservative": "zeroth_order.conservative:Conservative",
     },
 }
 """kind -> name -> ``module:Class`` below ``gossamer.algorithms``."""

@@ -12,7 +12,7 @@ The streams of ``runtime.random`` are keyed otherwise: no draw of theirs is a pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,6 +114,7 @@ def perturb_(
     distribution: Distribution = "normal",
     mask: Mask | None = None,
     begin: int = 0,
+    tensors: Container[int] | None = None,
 ) -> Tensor:
     """Add ``scale * z(seed, step, probe)`` to the parameters in ``row``; padding stays as it is.
 
@@ -135,6 +136,7 @@ def perturb_(
         distribution: of every element of z.
         mask: which elements of z are 0; None for none.
         begin: where ``row`` starts in the whole row.
+        tensors: the others stay as they are; None: all are moved.
 
     Returns:
         ``row``.
@@ -151,7 +153,7 @@ def perturb_(
         >>> torch.equal(part, row[7:17])
         True
     """
-    pieces = _pieces(row, layout, begin)
+    pieces = _pieces(row, layout, begin, tensors)
     return add_(row, pieces, seed, step, probe, scale, distribution, mask)
 
 
@@ -196,6 +198,7 @@ def update_(
     distribution: Distribution = "normal",
     mask: Mask | None = None,
     begin: int = 0,
+    tensors: Container[int] | None = None,
 ) -> Tensor:
     """Subtract ``sum of coefficient * z(seed, step, probe)`` over the probes; padding stays.
 
@@ -212,6 +215,7 @@ def update_(
         distribution: of every element of z.
         mask: which elements of z are 0; None for none.
         begin: where ``row`` starts in the whole row.
+        tensors: the others stay as they are; None: all are moved.
 
     Returns:
         ``row``.
@@ -221,7 +225,8 @@ def update_(
         RuntimeError: as ``direction_``.
     """
     terms = [(_direction(seed, p.step, p.probe, distribution, mask), p.coefficient) for p in probes]
-    return native.subtract_random(row, _pieces(row, layout, begin), terms, decay)
+    pieces = _pieces(row, layout, begin, tensors)
+    return native.subtract_random(row, pieces, terms, decay)
 
 
 def release_(
@@ -286,7 +291,9 @@ def _direction(seed: int, step: int, probe: int, distribution: str, mask: Mask |
     return Direction(distribution, seed, (step, probe), words)
 
 
-def _pieces(row: Tensor, layout: RowLayout, begin: int) -> list[Piece]:
+def _pieces(
+    row: Tensor, layout: RowLayout, begin: int, tensors: Container[int] | None = None
+) -> list[Piece]:
     """Return what of each tensor lies in ``row``."""
     end = begin + len(row)
     if begin < 0 or end > layout.d:
@@ -294,6 +301,6 @@ def _pieces(row: Tensor, layout: RowLayout, begin: int) -> list[Piece]:
     pieces = []
     for s in layout.slices:
         first, last = max(s.begin, begin), min(s.end, end)
-        if first < last:
+        if first < last and (tensors is None or s.tensor in tensors):
             pieces.append(Piece(first - begin, last - first, first - s.begin, s.tensor))
     return pieces

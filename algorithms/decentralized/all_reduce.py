@@ -34,6 +34,7 @@ class AllReduce(Algorithm):
 
     uses: ClassVar[Literal["rows", "mean"]] = "mean"
     objective: ClassVar[Literal["ranks", "examples"] | None] = "examples"
+    sweeps: ClassVar[bool] = True
     sends: ClassVar[str] = "its gradient"
     name: Literal["all-reduce"] = "all-reduce"
     optimizer: Optimizer = Field(exclude=True)
@@ -53,15 +54,12 @@ class AllReduce(Algorithm):
         self, comm: Communicator, oracle: Oracle, state: AllReduceState, batches: Batches
     ) -> Metrics:
         """One gradient, one all-reduce of d elements, or of what makes them."""
-        estimate = oracle.deferred(state.x, batches[0])
-        mean = estimate.grad
-        if not isinstance(mean, Tensor):
-            mean = mean.mean()
-        elif comm.n > 1:
-            mean = comm.all_reduce(mean, "mean")
-        if mean is None:
-            return {"loss": estimate.loss, **estimate.metrics, "skipped": 1.0}
-        if isinstance(mean, Tensor):
-            mean = mean.expand_as(state.x)
-        self.optimizer.apply_(state.optimizer, state.x, mean, comm, estimate.mean_origin)
-        return {"loss": estimate.loss, **estimate.metrics}
+        skipped = 0
+        for estimate in oracle.sweep_over(state.x, batches[0]):
+            mean = estimate.mean(comm)
+            if mean is None:
+                skipped += 1
+                continue
+            self.optimizer.apply_(state.optimizer, state.x, mean, comm, estimate.mean_origin)
+        figures = {"loss": estimate.loss, **estimate.metrics}
+        return figures | {"skipped": float(skipped)} if skipped else figures

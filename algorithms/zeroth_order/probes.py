@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +15,33 @@ from gossamer.runtime import Communicator, RowLayout
 from gossamer.runtime.perturb import Distribution, Mask, Probe, update_
 from gossamer.runtime.rows import empty_rows
 
-__all__ = ["Probes"]
+__all__ = ["Along", "Probes"]
+
+
+class Along(NamedTuple):
+    """A direction of a run.
+
+    Attributes:
+        step: 0-based.
+        number: of the probe in it, below 2**31.
+        tensors: on which z is not 0; None: on all.
+    """
+
+    step: int
+    number: int
+    tensors: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Per hosted rank, sum_k c_k z(seed, step, probe_k): a gradient in eight bytes.
+    """Per hosted rank, sum_k c_k z_k: a gradient in eight bytes a direction.
 
     Attributes:
         comm: the ranks.
         layout: of a row.
         seed: of the directions.
-        step: of all of them.
-        numbers: per rank of the whole run, which probes it made.
-        coefficients: (local, probes) float64.
+        along: per rank of the whole run, its directions.
+        coefficients: (local, directions) float64.
         distribution: of the elements of z.
         mask: which of them are 0.
     """
@@ -34,8 +49,7 @@ class Probes:
     comm: Communicator
     layout: RowLayout
     seed: int
-    step: int
-    numbers: Sequence[Sequence[int]]
+    along: Sequence[Sequence[Along]]
     coefficients: Tensor
     distribution: Distribution = "normal"
     mask: Mask | None = None
@@ -43,23 +57,26 @@ class Probes:
     def mean(self) -> Probes | None:
         """Return the mean over ranks; None where some rank's numbers are not finite.
 
-        What is exchanged is one float64 per probe. Coefficients of one direction are added in
+        What is exchanged is one float64 per direction. Coefficients of one direction are added in
         ascending rank, so every rank has the same bits.
         """
         comm = self.comm
         table = comm.all_gather(self.coefficients.to(comm.device)).cpu()
         if not bool(table.isfinite().all()):
             return None
-        sums: dict[int, float] = {}
-        for numbers, row in zip(self.numbers, table.tolist(), strict=True):
-            for number, coefficient in zip(numbers, row, strict=True):
-                sums[number] = sums.get(number, 0.0) + coefficient
+        sums: dict[Along, float] = {}
+        for along, row in zip(self.along, table.tolist(), strict=True):
+            for direction, coefficient in zip(along, row, strict=True):
+                sums[direction] = sums.get(direction, 0.0) + coefficient
         means = torch.tensor([total / comm.n for total in sums.values()], dtype=torch.float64)
         rows = means.expand(comm.local, -1)
-        return replace(self, numbers=[list(sums)] * comm.n, coefficients=rows)
+        return replace(self, along=[list(sums)] * comm.n, coefficients=rows)
 
     def add_to_(self, x: Tensor, scale: float) -> Tensor:
-        """Add ``scale`` times the estimates to x (local, d): one read and one write of x."""
+        """Add ``scale`` times the estimates to x (local, d): one read and one write of x.
+
+        With directions of some tensors only, one of each tensor per run of equal sets.
+        """
         for i, row in enumerate(x):
             self._add(row, i, scale, begin=0)
         return x
@@ -78,22 +95,20 @@ class Probes:
         return out
 
     def _add(self, row: Tensor, i: int, scale: float, begin: int) -> None:
-        rank = self.comm.ranks[i]
-        terms = [
-            Probe(self.step, number, -scale * coefficient)
-            for number, coefficient in zip(
-                self.numbers[rank], self.coefficients[i].tolist(), strict=True
+        along, values = self.along[self.comm.ranks[i]], self.coefficients[i].tolist()
+        pairs = zip(along, values, strict=True)
+        for tensors, group in groupby(pairs, key=lambda pair: pair[0].tensors):
+            terms = [Probe(a.step, a.number, -scale * coefficient) for a, coefficient in group]
+            update_(
+                row,
+                self.layout,
+                self.seed,
+                terms,
+                distribution=self.distribution,
+                mask=self.mask,
+                begin=begin,
+                tensors=tensors,
             )
-        ]
-        update_(
-            row,
-            self.layout,
-            self.seed,
-            terms,
-            distribution=self.distribution,
-            mask=self.mask,
-            begin=begin,
-        )
 
 
 _: type[Directions] = Probes

@@ -10,7 +10,7 @@ Shapes: a weight is (q, p), or a table of q rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -98,19 +98,29 @@ class TransientModule:
         return bool(abs(found - written) <= share * max(abs(found), abs(written)))
 
     @contextmanager
-    def moved(self, shift: Shift) -> Iterator[None]:
+    def moved(self, shift: Shift, tensors: Container[int] | None = None) -> Iterator[None]:
         """While inside, the module computes with ``shift`` applied to its parameters.
 
         The module is bound to a row, which stays as it is; no graph is kept.
+
+        Args:
+            shift: see there.
+            tensors: those it moves; None: all.
         """
-        self._shift = shift
+
+        def shift_some(flat: Tensor, pieces: list[Piece]) -> None:
+            if chosen := [p for p in pieces if tensors is None or p.tensor in tensors]:
+                shift(flat, chosen)
+
+        self._shift = shift_some
         undo: list[Callable[[], object]] = []
         part = _PART[next(iter(self._own.values())).p.device.type]
         seen: set[int] = set()
         try:
             for layer, owned in self._layers:
-                if id(layer) in seen:
-                    continue  # it stands in two places
+                moves = tensors is None or any(own.place.tensor in tensors for own in owned)
+                if id(layer) in seen or not moves:  # it may stand in two places
+                    continue
                 seen.add(id(layer))
                 if self._goes_in_parts(layer, part):
                     forward = partial(_PARTED[type(layer)], self, layer, part)

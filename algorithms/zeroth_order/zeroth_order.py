@@ -8,7 +8,7 @@ can make again: with ``all-reduce`` the ranks exchange these numbers alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -18,15 +18,17 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gossamer.algorithms.optimizers.sgd import SGD, SignSGD
 from gossamer.algorithms.oracles.module_oracle import ModuleOracle
 from gossamer.algorithms.oracles.vectorized import Stateless
 from gossamer.algorithms.problems import DataPlan, Loss, Problem, RankBatches
-from gossamer.algorithms.protocols import Estimate, Metrics, Sink
+from gossamer.algorithms.protocols import Algorithm, Estimate, Metrics, Sink
+from gossamer.algorithms.zeroth_order.blocks import Partition, blocks_of
 from gossamer.algorithms.zeroth_order.objectives import find_objective
-from gossamer.algorithms.zeroth_order.probes import Probes
+from gossamer.algorithms.zeroth_order.probes import Along, Probes
 from gossamer.algorithms.zeroth_order.transient import TransientModule
 from gossamer.runtime import Communicator, ConfigError, row_dot
-from gossamer.runtime.perturb import Distribution, Mask, add_, direction_, perturb_
+from gossamer.runtime.perturb import Distribution, Mask, add_, perturb_
 from gossamer.runtime.random import derive_key
 
 __all__ = ["ZerothOrder"]
@@ -65,6 +67,14 @@ class ZerothOrder(ModuleOracle):
     """Share of the elements of z that are 0, at random."""
     mask_interval: int = Field(default=1, ge=1)
     """Steps that one random mask serves."""
+    pool: int | None = Field(default=None, ge=1)
+    """Draw directions from a pool of so many (arXiv:2312.06353); None: always new ones."""
+    blocks: Partition = "none"
+    """Take losses along the parts of z on ``layer``, ``sublayer`` or ``module`` one by one: 2 q
+    losses for each, and less variance. A step with ``all-reduce`` moves each block before the next
+    one's losses are taken (Gauss-Seidel), unless ``sweep: jacobi``."""
+    sweep: Literal["gauss-seidel", "jacobi"] = "gauss-seidel"
+    """``jacobi``: all blocks at the same x; algorithms that need a whole gradient do so anyway."""
     minimize: str = "loss"
     """``loss``; ``f1`` or a score of the task (``accuracy``), which is maximised; or
     ``package.module:function``, (module, inputs) -> a number. None needs a gradient."""
@@ -76,7 +86,19 @@ class ZerothOrder(ModuleOracle):
     _transient: TransientModule | None = PrivateAttr(default=None)
     _seed: int = PrivateAttr(default=0)
     _forwards: int = PrivateAttr(default=0)
+    _blocks: list[frozenset[int] | None] = PrivateAttr()
     _has_warned: bool = PrivateAttr(default=False)
+
+    def adapt(self, algorithm: Algorithm) -> None:
+        """Refuse updates of a part of the row that would move all of it."""
+        optimizer = algorithm.optimizer
+        in_turn = self.blocks != "none" and self.sweep == "gauss-seidel" and algorithm.sweeps
+        if in_turn and (not isinstance(optimizer, SGD | SignSGD) or optimizer.weight_decay):
+            raise ConfigError(
+                "oracle.sweep: gauss-seidel updates one block after another, and this optimizer "
+                "would move the others too; use optimizer: {name: sgd} (or sign-sgd) without "
+                "weight_decay, or oracle.sweep: jacobi"
+            )
 
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
         """Lay out the module, without dropout, and see how its parameters can be moved.
@@ -92,11 +114,17 @@ class ZerothOrder(ModuleOracle):
                 "oracle.estimate: forward takes a derivative, which only minimize: loss has; use "
                 "two-sided"
             )
+        if self.pool is not None and self.queries > self.pool:
+            raise ConfigError(
+                f"oracle.queries: {self.queries} different directions out of a pool of "
+                f"{self.pool}; use a larger oracle.pool"
+            )
         if self.minimize != "loss" and self.micro_batch_size is not None:
             raise ConfigError(
                 "oracle.micro_batch_size: a score of parts says nothing of the whole; leave it out "
                 "with minimize"
             )
+        self._blocks = blocks_of(self._layout, self.blocks)
         self._seed = derive_key(comm.seed.value, "zeroth-order")
         self._problem = replace(problem, loss=objective)
         if self.restore != "snapshot" and self.estimate != "forward":
@@ -141,31 +169,45 @@ class ZerothOrder(ModuleOracle):
         combine: Sequence[tuple[float, Tensor]] | None = None,
     ) -> Estimate:
         """Return the estimate as Probes; the loss is the mean of those that were taken."""
-        comm, draw, batch = self._comm, self._next_draw(), self._moved(batch)
-        numbers = [self._numbers(rank, draw) for rank in range(comm.n)]
+        return self._estimate(x, batch, self._blocks, self._next_draw(), combine)
+
+    def sweep_over(self, x: Tensor, batch: RankBatches) -> Iterator[Estimate]:
+        """Yield an estimate for each block, at x as it is by then."""
+        if self.sweep == "jacobi" or self.blocks == "none":
+            yield self.deferred(x, batch)
+            return
+        draw = self._next_draw()
+        for block in self._blocks:
+            yield self._estimate(x, batch, [block], draw, None)
+
+    def _estimate(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        blocks: Sequence[frozenset[int] | None],
+        draw: int,
+        combine: Sequence[tuple[float, Tensor]] | None,
+    ) -> Estimate:
+        comm, batch = self._comm, self._moved(batch)
+        along = [self._directions(rank, draw, blocks) for rank in range(comm.n)]
         points = combine or [(1.0, x)]
-        slopes = torch.zeros(comm.local, self.queries, dtype=torch.float64)
+        slopes = torch.zeros(comm.local, len(along[0]), dtype=torch.float64)
         losses = torch.zeros(comm.local, dtype=torch.float64)
         for i, (rank, examples) in enumerate(zip(comm.ranks, batch, strict=True)):
             for c, rows in points:
-                found, loss = self._slopes(rows[i], i, examples.inputs, numbers[rank])
+                found, loss = self._slopes(rows[i], i, examples.inputs, along[rank])
                 slopes[i] += c * found
                 losses[i] = loss if rows is x else losses[i]
         if not any(rows is x for _, rows in points):
             losses = self.loss(x, batch)
-        self._forwards += len(points) * self._forwards_per_point
+        per_direction = 2 if self.estimate == "two-sided" else 1
+        once = 1 if self.estimate == "one-sided" else 0
+        self._forwards += len(points) * (once + per_direction * len(along[0]))
         coefficients = slopes / self.queries
         if self._factors is not None:
             coefficients *= self._factors
         probes = Probes(
-            comm,
-            self._layout,
-            self._seed,
-            comm.step,
-            numbers,
-            coefficients,
-            self._elements,
-            self._mask,
+            comm, self._layout, self._seed, along, coefficients, self._elements, self._mask
         )
         metrics: Metrics = {"slope": slopes.abs().mean(dim=1), "forwards": float(self._forwards)}
         return Estimate(losses, probes, self._weights(batch), metrics=metrics)
@@ -190,37 +232,37 @@ class ZerothOrder(ModuleOracle):
     def _mask(self) -> Mask | None:
         return Mask(self.sparsity, self.mask_interval) if self.sparsity else None
 
-    @property
-    def _forwards_per_point(self) -> int:
-        return {
-            "two-sided": 2 * self.queries,
-            "one-sided": 1 + self.queries,
-            "forward": self.queries,
-        }[self.estimate]
-
-    def _numbers(self, rank: int, draw: int) -> list[int]:
-        """Return which probes a rank makes in its ``draw``-th call of a step."""
+    def _directions(
+        self, rank: int, draw: int, blocks: Sequence[frozenset[int] | None]
+    ) -> list[Along]:
+        """Return what a rank's ``draw``-th call of a step takes losses along."""
         first, per_call = 0, self.queries
         if self.directions == "own":
             first, per_call = rank * self.queries, self._comm.n * self.queries
-        return [draw * per_call + first + k for k in range(self.queries)]
+        step, numbers = self._comm.step, range(first, first + self.queries)
+        if self.pool is None:
+            numbers = range(draw * per_call + first, draw * per_call + first + self.queries)
+            return [Along(step, k, block) for block in blocks for k in numbers]
+        ids = (rank if self.directions == "own" else 0,)
+        order = self._comm.seed.stream("zeroth-order/pool", ids, step, draw).permutation(self.pool)
+        return [Along(0, k, b) for b in blocks for k in order[0, : self.queries].tolist()]
 
     def _slopes(
-        self, row: Tensor, i: int, inputs: tuple[Tensor, ...], numbers: Sequence[int]
+        self, row: Tensor, i: int, inputs: tuple[Tensor, ...], along: Sequence[Along]
     ) -> tuple[Tensor, float]:
-        """Return what multiplies each z in q times the estimate, (q,) float64, and the loss."""
+        """Return what multiplies each z in the sum over directions, float64, and the loss."""
         self._module_at(row, i)
         at_x = self._bound_loss(inputs) if self.estimate == "one-sided" else 0.0
         slopes, losses = [], []
-        for number in numbers:
-            length = self._length(number)  # the direction is length z
+        for direction in along:
+            length = self._length(direction)  # what losses are taken along is length z
             if self.estimate == "forward":
-                slope, loss = self._derivative(row, inputs, number)
+                slope, loss = self._derivative(row, inputs, direction)
                 slope *= length
             else:
-                high = self._loss_beside(row, i, inputs, number, self.eps * length)
+                high = self._loss_beside(row, i, inputs, direction, self.eps * length)
                 if self.estimate == "two-sided":
-                    low = self._loss_beside(row, i, inputs, number, -self.eps * length)
+                    low = self._loss_beside(row, i, inputs, direction, -self.eps * length)
                     slope, loss = (high - low) / (2 * self.eps), (high + low) / 2
                 else:
                     slope, loss = (high - at_x) / self.eps, at_x
@@ -231,26 +273,29 @@ class ZerothOrder(ModuleOracle):
         return torch.tensor(slopes, dtype=torch.float64), sum(losses) / len(losses)
 
     def _loss_beside(
-        self, row: Tensor, i: int, inputs: tuple[Tensor, ...], number: int, scale: float
+        self, row: Tensor, i: int, inputs: tuple[Tensor, ...], along: Along, scale: float
     ) -> float:
         """Return the loss at ``row + scale z``; the row is kept."""
-        z = (self._seed, self._comm.step, number, scale, self._elements, self._mask)
+        z = (self._seed, along.step, along.number, scale, self._elements, self._mask)
+        tensors = along.tensors
         if self._transient is not None:
-            with self._transient.moved(lambda flat, pieces: add_(flat, pieces, *z)):
+            with self._transient.moved(lambda flat, pieces: add_(flat, pieces, *z), tensors):
                 return self._bound_loss(inputs)
-        self._module_at(perturb_(row.clone(), self._layout, *z), i)
-        return self._bound_loss(inputs)
+        self._module_at(perturb_(row.clone(), self._layout, *z, tensors=tensors), i)
+        loss = self._bound_loss(inputs)
+        self._module_at(row, i)
+        return loss
 
     def _derivative(
-        self, row: Tensor, inputs: tuple[Tensor, ...], number: int
+        self, row: Tensor, inputs: tuple[Tensor, ...], along: Along
     ) -> tuple[float, float]:
         """Return <grad L, z> and L."""
         layout, problem = self._layout, self._problem
-        z = torch.empty_like(row)
-        direction_(z, layout, self._seed, self._comm.step, number, self._elements, self._mask)
+        z = (self._seed, along.step, along.number, 1.0, self._elements, self._mask)
+        tangent = perturb_(torch.zeros_like(row), layout, *z, tensors=along.tensors)
         names = [s.name for s in layout.slices]
         values, tangents = (
-            dict(zip(names, layout.views(vector), strict=True)) for vector in (row, z)
+            dict(zip(names, layout.views(vector), strict=True)) for vector in (row, tangent)
         )
 
         def loss(parameters: dict[str, Tensor]) -> Tensor:
@@ -261,16 +306,18 @@ class ZerothOrder(ModuleOracle):
             value, slope = torch.func.jvp(loss, (values,), (tangents,))[:2]
         return slope.double().item(), value.double().item()
 
-    def _length(self, number: int) -> float:
+    def _length(self, along: Along) -> float:
         """Return what makes z as long as sqrt(d), for ``sphere``; 1 for the others."""
         if self.distribution != "sphere":
             return 1.0
         layout, square = self._layout, 0.0
         for begin in range(0, layout.d, _BLOCK):
-            part = torch.empty(min(_BLOCK, layout.d - begin), device=self._comm.device)
-            direction_(part, layout, self._seed, self._comm.step, number, begin=begin)
-            square += row_dot(part[None], part[None]).item()
-        return float((layout.size / square) ** 0.5)
+            part = torch.zeros(1, min(_BLOCK, layout.d - begin), device=self._comm.device)
+            z = (self._seed, along.step, along.number, 1.0)
+            perturb_(part[0], layout, *z, begin=begin, tensors=along.tensors)
+            square += row_dot(part, part).item()
+        chosen = (s for s in layout.slices if along.tensors is None or s.tensor in along.tensors)
+        return float((sum(s.shape.numel() for s in chosen) / square) ** 0.5)
 
     def _warn_of_zero(self, slope: float) -> None:
         if slope == 0.0 and self.minimize == "loss" and not self._has_warned:

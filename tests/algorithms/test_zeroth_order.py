@@ -18,6 +18,9 @@ from gossamer.algorithms.program import TrainingProgram
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.objectives import ClassificationLoss, count_right
 from gossamer.algorithms.tasks.transformer import Transformer
+from gossamer.algorithms.zeroth_order.blocks import blocks_of
+from gossamer.algorithms.zeroth_order.conservative import Conservative
+from gossamer.algorithms.zeroth_order.probes import Along
 from gossamer.algorithms.zeroth_order.transient import TransientModule
 from gossamer.algorithms.zeroth_order.zeroth_order import ZerothOrder
 from gossamer.runtime import Communicator, ConfigError, RowLayout, StackedTransport
@@ -479,11 +482,10 @@ def test_dropout_is_off():
 
 def test_calls_within_a_step_take_other_directions():
     run = program(network(n=2), full(queries=2, directions="own"))
-    numbers = [
-        run.oracle.deferred(run.state.x, run._sampler.batches(0, 1)[0]).grad.numbers
-        for _ in range(2)
+    along = [
+        run.oracle.deferred(run.state.x, run._sampler.batches(0, 1)[0]).grad.along for _ in range(2)
     ]
-    flat = [number for call in numbers for rank in call for number in rank]
+    flat = [direction for call in along for rank in call for direction in rank]
     assert len(set(flat)) == len(flat) == 8
 
 
@@ -504,3 +506,120 @@ def test_a_resumed_run_counts_on():
     other.restore(tensors, scalars)
     other.comm.step = 3
     assert advance(other, 1).step()["forwards"] == advance(run, 1).step()["forwards"] == 10.0
+
+
+# --- blocks, pools, choices ---------------------------------------------------------------------
+
+
+def test_blocks_are_parts_of_the_model_by_name():
+    layout = RowLayout(words().module)
+    names = {s.tensor: s.name for s in layout.slices}
+    assert blocks_of(layout, "none") == [None]
+    for partition in ("layer", "sublayer", "module"):
+        blocks = blocks_of(layout, partition)
+        assert sorted(t for block in blocks for t in block) == sorted(names)
+    layers = [{names[t] for t in block} for block in blocks_of(layout, "layer")]
+    assert {n for n in names.values() if n.startswith("blocks.0.")} in layers
+    assert len(blocks_of(layout, "layer")) < len(blocks_of(layout, "sublayer"))
+    assert len(blocks_of(layout, "sublayer")) <= len(blocks_of(layout, "module"))
+
+
+def test_one_block_is_the_whole_model_in_either_order():
+    plain = advance(program(quadratic()[0], full()), 4)
+    for sweep in ("gauss-seidel", "jacobi"):
+        run = advance(program(quadratic()[0], full(blocks="module", sweep=sweep)), 4)
+        assert torch.equal(run.state.x, plain.state.x)
+
+
+def test_jacobi_adds_the_estimates_of_the_blocks_at_one_point():
+    run = program(network(dtype=torch.float64), full(blocks="module", sweep="jacobi"))
+    whole = estimate_at(run)[0].grad.dense()
+    derivative = program(network(dtype=torch.float64), full(blocks="module", estimate="forward"))
+    exact = estimate_at(derivative)[0].grad.dense()
+    assert torch.allclose(whole, exact, atol=1e-5)
+    z = direction_(torch.zeros_like(whole[0]), run.layout, run.oracle._seed, 0, 0)
+    for block in run.oracle._blocks:
+        for s in run.layout.slices:
+            if s.tensor in block:
+                ratio = (whole[0] / z)[s.begin : s.end]
+                assert torch.allclose(ratio, ratio[0].expand_as(ratio))
+
+
+def test_gauss_seidel_takes_a_blocks_losses_where_the_blocks_before_it_moved_to():
+    run = program(network(dtype=torch.float64), full(blocks="module"), SGD(lr=0.05))
+    x = run.state.x.clone()
+    for block in run.oracle._blocks:
+        one = program(network(dtype=torch.float64), full())
+        z = direction_(torch.zeros_like(x[0]), run.layout, run.oracle._seed, 0, 0)
+        for s in run.layout.slices:
+            if s.tensor not in block:
+                z[s.begin : s.end] = 0
+        batch = run._sampler.batches(0, 1)[0]
+        high, low = (one.oracle.loss(x + e * z, batch).item() for e in (1e-3, -1e-3))
+        x = x - 0.05 * (high - low) / 2e-3 * z
+    advance(run, 1)
+    assert torch.allclose(run.state.x, x, rtol=1e-9, atol=1e-12)
+    assert run.oracle._forwards == 2 * len(run.oracle._blocks) == 4
+
+
+@pytest.mark.parametrize("optimizer", [Momentum(lr=0.1), SGD(lr=0.1, weight_decay=0.1)])
+def test_updates_block_by_block_refuse_an_optimizer_that_moves_the_others(optimizer):
+    with pytest.raises(ConfigError, match=r"oracle\.sweep: gauss-seidel .* jacobi"):
+        program(network(), full(blocks="layer"), optimizer)
+    program(network(), full(blocks="layer", sweep="jacobi"), optimizer)
+
+
+@pytest.mark.parametrize("directions", ["shared", "own"])
+def test_a_pool_holds_all_directions_of_a_run(directions):
+    run = program(network(n=2), full(pool=5, queries=2, directions=directions))
+    seen = set()
+    for step in range(30):
+        run.comm.step = step
+        probes = estimate_at(run)[0].grad
+        for along in probes.along:
+            assert len(set(along)) == 2
+        seen |= {direction for along in probes.along for direction in along}
+        assert (probes.along[0] == probes.along[1]) == (directions == "shared") or step > 0
+    assert seen == {Along(0, k) for k in range(5)}
+    with pytest.raises(ConfigError, match=r"oracle\.queries: 6 different directions"):
+        program(network(), full(pool=5, queries=6))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_conservative_step_takes_the_best_of_three_points(n):
+    run = program(network(n=n), full(), algorithm=Conservative(optimizer=SGD(lr=0.3)))
+    taken = set()
+    for _ in range(25):
+        batch = run._sampler.batches(run.comm.step, 1)[0]
+        before, x = run.oracle.loss(run.state.x, batch).mean(), run.state.x.clone()
+        taken.add(figure := run.step()["taken"])
+        after = run.oracle.loss(run.state.x, batch).mean()
+        assert after <= before
+        assert torch.equal(run.state.x, x) == (figure == 0)
+        assert all(torch.equal(row, run.state.x[0]) for row in run.state.x)
+        run.comm.step += 1
+    assert len(taken) > 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "taken"),
+    [
+        ((1, 2, 3), 0.0),
+        ((1, 3, 0), 1.0),
+        ((1, 2, 1), 1.0),
+        ((1, 1, 2), -1.0),
+        ((1, 1, 1), 1.0),
+        ((1, 0, 0.5), -1.0),
+    ],
+)
+def test_a_conservative_choice_breaks_ties_as_released(losses, taken, monkeypatch):
+    run = program(network(), full(), algorithm=Conservative(optimizer=SGD(lr=0.1)))
+    given = iter(losses)
+    monkeypatch.setattr(
+        ZerothOrder, "loss", lambda self, x, batch: torch.tensor([float(next(given))])
+    )
+    x = run.state.x.clone()
+    slope = estimate_at(run)[0].grad.dense()
+    run.oracle._calls = (-1, 0)
+    assert run.step()["taken"] == taken
+    assert torch.allclose(run.state.x, x + 0.1 * taken * slope, atol=1e-6)
