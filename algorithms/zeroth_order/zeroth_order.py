@@ -79,11 +79,13 @@ class ZerothOrder(ModuleOracle):
     """``loss``; ``f1`` or a score of the task (``accuracy``), which is maximised; or
     ``package.module:function``, (module, inputs) -> a number. None needs a gradient."""
     restore: Literal["auto", "transient", "snapshot"] = "auto"
-    """How x comes back to the bit: ``transient``: it is never written, layers compute with moved
-    copies of their parameters; ``snapshot``: from a copy of the row. auto: transient where the
-    model's loss allows it."""
+    """How x comes back to the bit. It is never written: ``transient``: layers compute with moved
+    copies of their parameters, one at a time; ``snapshot``: all with a moved copy of the row, which
+    is faster for small models. auto: transient for rows of more than 2^18 elements whose loss
+    allows it."""
 
     _transient: TransientModule | None = PrivateAttr(default=None)
+    _copy: Tensor = PrivateAttr()
     _seed: int = PrivateAttr(default=0)
     _forwards: int = PrivateAttr(default=0)
     _blocks: list[frozenset[int] | None] = PrivateAttr()
@@ -127,8 +129,10 @@ class ZerothOrder(ModuleOracle):
         self._blocks = blocks_of(self._layout, self.blocks)
         self._seed = derive_key(comm.seed.value, "zeroth-order")
         self._problem = replace(problem, loss=objective)
-        if self.restore != "snapshot" and self.estimate != "forward":
+        if self.restore == "transient" or (self.restore == "auto" and self._layout.d > _BLOCK):
             self._transient = self._find_transient(problem)
+        if self._transient is None:
+            self._copy = torch.empty(self._layout.d, dtype=self._layout.dtype, device=comm.device)
         return plan
 
     def _find_transient(self, problem: Problem) -> TransientModule | None:
@@ -251,7 +255,10 @@ class ZerothOrder(ModuleOracle):
         self, row: Tensor, i: int, inputs: tuple[Tensor, ...], along: Sequence[Along]
     ) -> tuple[Tensor, float]:
         """Return what multiplies each z in the sum over directions, float64, and the loss."""
-        self._module_at(row, i)
+        if self._transient is None:
+            self._module_at(self._copy.copy_(row), i)
+        else:
+            self._module_at(row, i)
         at_x = self._bound_loss(inputs) if self.estimate == "one-sided" else 0.0
         slopes, losses = [], []
         for direction in along:
@@ -260,9 +267,9 @@ class ZerothOrder(ModuleOracle):
                 slope, loss = self._derivative(row, inputs, direction)
                 slope *= length
             else:
-                high = self._loss_beside(row, i, inputs, direction, self.eps * length)
+                high = self._loss_beside(row, inputs, direction, self.eps * length)
                 if self.estimate == "two-sided":
-                    low = self._loss_beside(row, i, inputs, direction, -self.eps * length)
+                    low = self._loss_beside(row, inputs, direction, -self.eps * length)
                     slope, loss = (high - low) / (2 * self.eps), (high + low) / 2
                 else:
                     slope, loss = (high - at_x) / self.eps, at_x
@@ -273,7 +280,7 @@ class ZerothOrder(ModuleOracle):
         return torch.tensor(slopes, dtype=torch.float64), sum(losses) / len(losses)
 
     def _loss_beside(
-        self, row: Tensor, i: int, inputs: tuple[Tensor, ...], along: Along, scale: float
+        self, row: Tensor, inputs: tuple[Tensor, ...], along: Along, scale: float
     ) -> float:
         """Return the loss at ``row + scale z``; the row is kept."""
         z = (self._seed, along.step, along.number, scale, self._elements, self._mask)
@@ -281,10 +288,8 @@ class ZerothOrder(ModuleOracle):
         if self._transient is not None:
             with self._transient.moved(lambda flat, pieces: add_(flat, pieces, *z), tensors):
                 return self._bound_loss(inputs)
-        self._module_at(perturb_(row.clone(), self._layout, *z, tensors=tensors), i)
-        loss = self._bound_loss(inputs)
-        self._module_at(row, i)
-        return loss
+        perturb_(self._copy.copy_(row), self._layout, *z, tensors=tensors)
+        return self._bound_loss(inputs)
 
     def _derivative(
         self, row: Tensor, inputs: tuple[Tensor, ...], along: Along

@@ -19,7 +19,7 @@ _MOST_JOBS = 8
 
 
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="dnasa, doppler, disk or dp-pretraining.")],
+    paper: Annotated[str, typer.Argument(help="dnasa, doppler, disk, dp-pretraining or zo-bench.")],
     seeds: Annotated[
         int | None,
         typer.Option(

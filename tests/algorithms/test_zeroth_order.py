@@ -242,7 +242,8 @@ def test_an_error_inside_leaves_the_module_as_it_was():
 
 
 def test_ten_thousand_estimates_leave_every_bit_of_a_16_bit_model():
-    run = program(network(dtype=torch.bfloat16), ZerothOrder(batch_size=4, eps=1e-2))
+    oracle = ZerothOrder(batch_size=4, eps=1e-2, restore="transient")
+    run = program(network(dtype=torch.bfloat16), oracle)
     x = run.state.x
     before = x.clone()
     batches = run._sampler.batches(0, 1)[0]
@@ -251,7 +252,8 @@ def test_ten_thousand_estimates_leave_every_bit_of_a_16_bit_model():
     assert torch.equal(x, before)
 
 
-def test_a_penalty_on_parameters_is_seen_and_rows_are_copied_then():
+def test_a_penalty_on_parameters_is_seen_and_rows_are_copied_then(monkeypatch):
+    monkeypatch.setattr("gossamer.algorithms.zeroth_order.zeroth_order._BLOCK", 16)
     plain = program(network(), full())
     assert plain.oracle._transient is not None
     run = program(network(l2=0.01), full())
@@ -272,6 +274,12 @@ def test_looking_for_a_penalty_leaves_every_bit():
     moved = TransientModule(problem.module, layout)
     assert not moved.follows(lambda: problem.loss(problem.module, inputs).double().item())
     assert all(map(torch.equal, before, problem.module.parameters()))
+
+
+def test_both_ways_to_move_parameters_give_the_same_estimate():
+    runs = [program(network(), full(queries=3, restore=r)) for r in ("transient", "snapshot")]
+    found = [estimate_at(run)[0].grad.coefficients for run in runs]
+    assert torch.equal(*found)
 
 
 # --- who exchanges what -------------------------------------------------------------------------
