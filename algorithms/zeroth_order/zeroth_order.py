@@ -24,10 +24,12 @@ from gossamer.algorithms.oracles.vectorized import Stateless
 from gossamer.algorithms.problems import DataPlan, Loss, Problem, RankBatches
 from gossamer.algorithms.protocols import Algorithm, Estimate, Metrics, Sink
 from gossamer.algorithms.zeroth_order.blocks import Partition, blocks_of
+from gossamer.algorithms.zeroth_order.hybrid import FirstOrderPart, Hybrid
 from gossamer.algorithms.zeroth_order.objectives import find_objective
 from gossamer.algorithms.zeroth_order.probes import Along, Probes
 from gossamer.algorithms.zeroth_order.transient import TransientModule
 from gossamer.runtime import Communicator, ConfigError, row_dot
+from gossamer.runtime import combine as combine_rows
 from gossamer.runtime.perturb import Distribution, Mask, add_, perturb_
 from gossamer.runtime.random import derive_key
 
@@ -75,6 +77,9 @@ class ZerothOrder(ModuleOracle):
     one's losses are taken (Gauss-Seidel), unless ``sweep: jacobi``."""
     sweep: Literal["gauss-seidel", "jacobi"] = "gauss-seidel"
     """``jacobi``: all blocks at the same x; algorithms that need a whole gradient do so anyway."""
+    first_order: tuple[str, ...] = ()
+    """Parameters, or modules with all of theirs (``blocks.1``, ``output``), that get their gradient
+    by backpropagation instead, which keeps no more than what lies behind them: the last layers."""
     minimize: str = "loss"
     """``loss``; ``f1`` or a score of the task (``accuracy``), which is maximised; or
     ``package.module:function``, (module, inputs) -> a number. None needs a gradient."""
@@ -89,6 +94,7 @@ class ZerothOrder(ModuleOracle):
     _seed: int = PrivateAttr(default=0)
     _forwards: int = PrivateAttr(default=0)
     _blocks: list[frozenset[int] | None] = PrivateAttr()
+    _part: FirstOrderPart | None = PrivateAttr(default=None)
     _has_warned: bool = PrivateAttr(default=False)
 
     def adapt(self, algorithm: Algorithm) -> None:
@@ -116,6 +122,12 @@ class ZerothOrder(ModuleOracle):
                 "oracle.estimate: forward takes a derivative, which only minimize: loss has; use "
                 "two-sided"
             )
+        if self.first_order and (self.blocks != "none" or self.minimize != "loss"):
+            field = "blocks" if self.blocks != "none" else "minimize"
+            raise ConfigError(
+                f"oracle.{field}: does not go with first_order, which takes a gradient of the loss "
+                "beside one estimate for the other parameters; leave one out"
+            )
         if self.pool is not None and self.queries > self.pool:
             raise ConfigError(
                 f"oracle.queries: {self.queries} different directions out of a pool of "
@@ -127,6 +139,9 @@ class ZerothOrder(ModuleOracle):
                 "with minimize"
             )
         self._blocks = blocks_of(self._layout, self.blocks)
+        if self.first_order:
+            self._part = FirstOrderPart(problem.module, self._layout, self.first_order)
+            self._blocks = [self._part.others]
         self._seed = derive_key(comm.seed.value, "zeroth-order")
         self._problem = replace(problem, loss=objective)
         if self.restore == "transient" or (self.restore == "auto" and self._layout.d > _BLOCK):
@@ -213,8 +228,11 @@ class ZerothOrder(ModuleOracle):
         probes = Probes(
             comm, self._layout, self._seed, along, coefficients, self._elements, self._mask
         )
+        grad: Probes | Hybrid = probes
+        if self._part is not None:
+            grad = Hybrid(probes, self._part, self._rows(self._part, points, batch))
         metrics: Metrics = {"slope": slopes.abs().mean(dim=1), "forwards": float(self._forwards)}
-        return Estimate(losses, probes, self._weights(batch), metrics=metrics)
+        return Estimate(losses, grad, self._weights(batch), metrics=metrics)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the buffers and how many forward passes were made."""
@@ -310,6 +328,22 @@ class ZerothOrder(ModuleOracle):
         with torch.no_grad(), self._cast(), sdpa_kernel(SDPBackend.MATH):
             value, slope = torch.func.jvp(loss, (values,), (tangents,))[:2]
         return slope.double().item(), value.double().item()
+
+    def _rows(
+        self, part: FirstOrderPart, points: Sequence[tuple[float, Tensor]], batch: RankBatches
+    ) -> Tensor:
+        """Return the gradients of the tensors that losses do not serve, (local, width)."""
+        device, loss = self._comm.device, self._problem.loss
+        total, one = part.empty(self._comm.local, device), part.empty(1, device)
+        for i, examples in enumerate(batch):
+            for c, rows in points:
+                self._module_at(rows[i], i)
+                with self._cast():
+                    part.gradient(loss, examples.inputs, one[0])
+                total[i] += c * one[0]
+        if self._factors is not None:
+            combine_rows([(self._factors, total)], out=total)
+        return total
 
     def _length(self, along: Along) -> float:
         """Return what makes z as long as sqrt(d), for ``sphere``; 1 for the others."""

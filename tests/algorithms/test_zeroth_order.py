@@ -13,6 +13,7 @@ from gossamer.algorithms.decentralized.all_reduce import AllReduce
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.optimizers.adam import Adam, AdamW
 from gossamer.algorithms.optimizers.sgd import SGD, Momentum, SignSGD
+from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.program import TrainingProgram
 from gossamer.algorithms.tasks.arrays import TensorDataset
@@ -631,3 +632,55 @@ def test_a_conservative_choice_breaks_ties_as_released(losses, taken, monkeypatc
     run.oracle._calls = (-1, 0)
     assert run.step()["taken"] == taken
     assert torch.allclose(run.state.x, x + 0.1 * taken * slope, atol=1e-6)
+
+
+# --- losses for some parameters, backpropagation for the others ---------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_last_layers_can_have_their_gradient_by_backpropagation(n):
+    run = program(network(n=n, dtype=torch.float64), full(first_order=("3",)))
+    found = estimate_at(run)[0].grad
+    plain = program(network(n=n, dtype=torch.float64), full())
+    exact = TrainingProgram(
+        Communicator(build("ring", n), StackedTransport()),
+        replace(network(n=n, dtype=torch.float64)),
+        Backprop(sampling="full"),
+        AllReduce(optimizer=SGD(lr=0.01)),
+    ).start()
+    exact.problem.module.eval()
+    gradient = exact.oracle(exact.state.x, exact._sampler.batches(0, 1)[0]).grad
+    layout, dense = run.layout, found.dense()
+    z = direction_(torch.zeros_like(dense[0]), layout, run.oracle._seed, 0, 0)
+    for s in layout.slices:
+        part = slice(s.begin, s.end)
+        if s.name.startswith("3."):
+            assert torch.allclose(dense[:, part], gradient[:, part], rtol=1e-12)
+        else:
+            ratio = dense[:, part] / z[part]
+            assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio))
+    assert plain.layout.d == layout.d
+    assert torch.equal(found.columns(3, layout.d), dense[:, 3:])
+    x = run.state.x.clone()
+    assert torch.allclose(found.add_to_(x, -0.1), run.state.x - 0.1 * dense, atol=1e-15)
+    assert torch.allclose(found.mean().dense()[0], dense.mean(0), atol=1e-15)
+    assert all(p.requires_grad for p in run.problem.module.parameters())
+
+
+def test_ranks_that_share_a_hybrid_step_stay_equal():
+    run = advance(program(network(n=3), full(first_order=("3.bias",)), Adam(lr=0.01)), 3)
+    assert all(torch.equal(row, run.state.x[0]) for row in run.state.x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first_order": ("4",)}, r"oracle\.first_order: the model has no parameter or module '4'"),
+        ({"first_order": ("0", "3")}, r"oracle\.first_order: names all parameters"),
+        ({"first_order": ("3",), "blocks": "module"}, r"oracle\.blocks: does not go with first_o"),
+        ({"first_order": ("3",), "minimize": "f1"}, r"oracle\.minimize: does not go with first_o"),
+    ],
+)
+def test_first_order_parts_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        program(network(), full(**options))
