@@ -11,7 +11,7 @@ from pydantic import Field
 from scipy.signal import lfilter
 from torch import Tensor
 
-from gossamer.algorithms.privacy.filtering import GradientFilter
+from gossamer.algorithms.privacy.gradient_filter import GradientFilter
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Estimate
 from gossamer.runtime import Communicator, ConfigError

@@ -11,8 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 from scipy.signal import lfilter
 from torch import Tensor
 
-from gossamer.algorithms.privacy.filtering import GradientFilter
-from gossamer.algorithms.privacy.filters import (
+from gossamer.algorithms.privacy.filter_coefficients import (
     Coefficients,
     Response,
     bilinear,
@@ -21,6 +20,7 @@ from gossamer.algorithms.privacy.filters import (
     ema,
     none,
 )
+from gossamer.algorithms.privacy.gradient_filter import GradientFilter
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Estimate
 from gossamer.runtime import Communicator, ConfigError

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.accounting import Segment
-from gossamer.algorithms.privacy.correlated import amplified_history
+from gossamer.algorithms.privacy.noise_strategies import amplified_history
 from gossamer.runtime.errors import ConfigError
 
 __all__ = ["Ledger"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.linalg import toeplitz
 
 from gossamer.algorithms.privacy.accounting import Segment, spent
-from gossamer.algorithms.privacy.correlated import (
+from gossamer.algorithms.privacy.noise_strategies import (
     StreamingNoise,
     amplified_history,
     banded,

@@ -1,4 +1,4 @@
-"""Correlated noise for DP training: BandMF and the square-root Toeplitz mechanism.
+"""Strategies of correlated noise, as numbers: BandMF and the square-root Toeplitz mechanism.
 
 The noise of the clipped sums is K^-1 Z: row t goes to step t, Z is white, K the strategy, a lower
 triangular Toeplitz matrix given by its first column ``k`` (bands,). What a step adds, later steps

@@ -1,4 +1,4 @@
-"""What the oracles that filter gradients have in common."""
+"""What the oracles that filter gradients, ``doppler`` and ``disk``, have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import PrivateAttr, field_validator
 from torch import Tensor
 
 from gossamer.algorithms.oracles.wrapper import OracleWrapper
-from gossamer.algorithms.privacy.correlated import inverse_coefficients
+from gossamer.algorithms.privacy.noise_strategies import inverse_coefficients
 from gossamer.algorithms.privacy.release import Release
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Directions, Estimate, Oracle, Sink

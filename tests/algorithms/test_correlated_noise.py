@@ -14,8 +14,8 @@ from gossamer.algorithms.optimizers.adam_bc import AdamBC
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.privacy.accounting import Segment
 from gossamer.algorithms.privacy.accounting import spent as epsilon_of
-from gossamer.algorithms.privacy.correlated import banded, inverse_coefficients
 from gossamer.algorithms.privacy.doppler import Doppler
+from gossamer.algorithms.privacy.noise_strategies import banded, inverse_coefficients
 from gossamer.algorithms.problems import Batch, DataPlan
 from gossamer.algorithms.protocols import Estimate, Origin
 from gossamer.algorithms.sampling import Sampler
