@@ -46,10 +46,6 @@ Metrics = Mapping[str, Tensor | float]
 class Directions(Protocol):
     """A gradient estimate as coefficients and the counters that replay its directions."""
 
-    def mean(self) -> Tensor:
-        """Return the mean of the dense estimates over ranks, (1, d)."""
-        ...
-
     def add_to_(self, x: Tensor, scale: float) -> Tensor:
         """Add ``scale`` times the estimate to x (local, d) without storing it."""
         ...
@@ -133,6 +129,7 @@ class Oracle(Component, ABC):
 
     name: str = ""
     form: ClassVar[Literal["row", "directions", "stream"]] = "row"
+    """What ``grad`` of a call is: a row, Directions, or slices handed to the sink."""
 
     @abstractmethod
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
@@ -358,7 +355,7 @@ class Algorithm(Component, ABC):
 
     name: str = ""
     takes: ClassVar[frozenset[str]] = frozenset({"row"})
-    """The forms of oracle it takes; another is made dense with a message, or refused."""
+    """The forms of oracle it takes; another is refused."""
     uses: ClassVar[Literal["rows", "mean"]] = "rows"
     """What of the oracle's gradients leaves a rank: each rank's own, or the mean over all alone."""
     sends: ClassVar[str] = "what its algorithm exchanges"
@@ -390,7 +387,10 @@ class Algorithm(Component, ABC):
 
     @abstractmethod
     def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> Any:
-        """Return the state that starts at x (local, d), equal rows unless resumed."""
+        """Return the state that starts at x (local, d), equal rows unless resumed.
+
+        ``batches`` are those of step 0, which the first ``step`` is given again.
+        """
 
     @abstractmethod
     def step(self, comm: Communicator, oracle: Oracle, state: Any, batches: Batches) -> Metrics:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, Strict, create_model
 
 from gossamer import topologies
+from gossamer.algorithms.conditions import require_form
 from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.problems import Task
 from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
@@ -121,6 +122,7 @@ class Experiment:
                 section = {**section, "objective": wish}
             found = _component("oracle", section, Oracle, inner=found)
         assert found is not None
+        require_form(self.algorithm, found)
         found.adapt(self.algorithm)
         return found
 

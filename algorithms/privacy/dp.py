@@ -276,14 +276,14 @@ class DP(OracleWrapper):
         points: Sequence[tuple[float, Tensor]] | None,
         sigma: float,
     ) -> Estimate:
-        comm, layout, bound = self._comm, self.inner.layout, self._clip.sensitivity
+        layout, bound = self.inner.layout, self._clip.sensitivity
         secret_of = self._noise.coin_seed
         found = self.inner.clipped(x, batch, self._clip, combine=points, secret_of=secret_of)
         scales = self._noise.scales(sigma * bound)
         noise = self._noise.pending(found.grad, layout, self._ledger.releases, scales)
         self._ledger.count()
         factors = [1 / size for size in self._expected]
-        release = Release(comm, layout, found.grad, noise, factors, out=found.grad)
+        release = Release(layout, found.grad, noise, factors, out=found.grad)
         grad: Tensor | Release = release
         if found.grad.dtype != layout.dtype:
             # In float32 up to here; rows of half precision take what is released already.

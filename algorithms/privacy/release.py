@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from gossamer.algorithms.protocols import Directions
-from gossamer.runtime import Communicator, RowLayout, combine
+from gossamer.runtime import RowLayout, combine
 from gossamer.runtime.perturb import Probe, release_
 
 __all__ = ["Release"]
@@ -23,7 +23,6 @@ class Release:
     privacy covers: whoever gets a Release calls one of the two before the oracle's next call.
 
     Attributes:
-        comm: the ranks.
         layout: of a row.
         sums: (local, d), clipped sums.
         noise: per row the directions of its noise, as ``runtime.perturb.release_`` takes them.
@@ -34,7 +33,6 @@ class Release:
         raw: (local, d), gets the noisy sum before the filter; None: it is not kept.
     """
 
-    comm: Communicator
     layout: RowLayout
     sums: Tensor = field(repr=False)  # nobody's to see, as are the keys in noise
     noise: Sequence[Sequence[tuple[int, Probe]]] = field(repr=False)
@@ -56,10 +54,6 @@ class Release:
         assert not self._is_written, "the sums are gone"
         assert not self.kept, "one filter at most"
         return replace(self, weight=weight, kept=kept, out=out, raw=raw)
-
-    def mean(self) -> Tensor:
-        """Return the mean of the rows over ranks, (1, d)."""
-        return self.comm.all_reduce(self.dense(), "mean")
 
     def dense(self) -> Tensor:
         """Return the rows (local, d), written at the first call."""
