@@ -397,9 +397,9 @@ class DP(OracleWrapper):
         ledger = self._ledger
         worst, rates, pairs = ledger.worst, ledger.rates, self._pairs
         each = ledger.spent_per_rank() if self._mode in _OWN and len(set(rates)) > 1 else ()
-        alone = None
-        if pairs is not None and pairs.knows_against_one:
-            alone = ledger.spent_with(pairs.against_one)
+        alone: float | str | None = None
+        if pairs is not None:
+            alone = pairs.unknown_against_one or ledger.spent_with(pairs.against_one)
         said = PrivacyStatement(
             epsilon=max(each) if each else ledger.spent(worst),
             epsilon_per_rank=each,
