@@ -1,5 +1,8 @@
 """The private oracle: sums, noise, sampling, accounting, and what it refuses."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +15,7 @@ from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.privacy import clipping
+from gossamer.algorithms.privacy.adaptive import shared_noise
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
 from gossamer.algorithms.privacy.dp import DP
@@ -328,6 +332,26 @@ def test_a_checkpoint_without_history_is_refused():
     bare = {k: v for k, v in tensors.items() if "history" not in k}
     with pytest.raises(ConfigError, match="no history of private releases"):
         made.restore(bare, scalars)
+
+
+@pytest.mark.parametrize("around", [partial(Doppler, beta=0.8), partial(Disk, kappa=0.4)])
+def test_behind_a_filter_the_noise_of_every_former_clip_norm_is_known(around):
+    made = program(noise_multiplier=1.0, clip="adaptive", clip_norm=20.0,
+                   around=lambda oracle: around(inner=oracle))  # fmt: skip
+    dp, whites, outputs = made.oracle.inner, [], []
+    sigma, _ = shared_noise(1.0, 60)
+    for _ in range(12):
+        whites.append((sigma * dp._clip.norm / 60) ** 2)
+        outputs.append(made.oracle(made.state.x, made._batches()[0]).mean_origin.noise_var)
+        made.comm.step += 1
+    assert whites[-1] < whites[0] / 4  # C moves by a tenth a step
+    keep = 0.8 if "beta" in around.keywords else 0.6
+    weights = np.tril((1 - keep) * keep ** (np.arange(12)[:, None] - np.arange(12)).clip(0))
+    if "beta" in around.keywords:
+        weights /= weights.sum(1, keepdims=True)  # bias correction
+    else:
+        weights[:, 0] /= 1 - keep  # g_0 is the plain gradient
+    np.testing.assert_allclose(outputs, weights**2 @ whites, rtol=1e-9)
 
 
 def test_adaptive_clipping_finds_the_quantile():
