@@ -7,6 +7,7 @@ gradients views of a gradient row, so that a round is one message and nothing is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.oracles.buffers import BufferRows
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
-from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Clip, Estimate, Oracle, Sink
 from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
 from gossamer.runtime.random import Random
@@ -184,7 +185,8 @@ class Backprop(Oracle):
         """Return the batches where the module is: datasets stay on the CPU."""
         if self._comm.device.type == "cpu":
             return batch
-        return [Batch(tuple(t.to(self._comm.device) for t in b.inputs), b.indices) for b in batch]
+        device = self._comm.device
+        return [replace(b, inputs=tuple(t.to(device) for t in b.inputs)) for b in batch]
 
     def _module_at(self, row: Tensor, i: int, grad: Tensor | None = None) -> nn.Module:
         self._layout.bind(self._problem.module, row, grad)

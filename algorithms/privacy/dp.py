@@ -85,7 +85,7 @@ class DP(OracleWrapper):
     _sends: str = PrivateAttr(default="")
     _strategy: list[float] = PrivateAttr(default_factory=list)  # of the streams to begin
     _seeded: bool = PrivateAttr(default=False)
-    _last: RankBatches | None = PrivateAttr(default=None)
+    _last: tuple[int, int] | None = PrivateAttr(default=None)  # (step, draw) released last
 
     @field_validator("inner")
     @classmethod
@@ -326,12 +326,21 @@ class DP(OracleWrapper):
         return estimate
 
     def _check_release(self, batch: RankBatches) -> None:
-        if batch is self._last and min(self._ledger.rates) < 1:
-            raise ConfigError(
-                "oracle: the algorithm takes two gradients of one batch, which the privacy of "
-                "Poisson sampling does not count; use an algorithm with one gradient per batch"
-            )
-        self._last = batch
+        if min(self._ledger.rates) < 1:
+            drawn = batch[0].drawn
+            if drawn is None:
+                raise ConfigError(
+                    "oracle: dp counts batches by the coins that drew them, and this one was put "
+                    "together by hand; use those that the step is given"
+                )
+            if self._last is not None and drawn <= self._last:
+                raise ConfigError(
+                    f"oracle: the algorithm takes two gradients of one batch, or batches out of "
+                    f"order (draw {drawn[1]} of step {drawn[0]} after draw {self._last[1]} of step "
+                    f"{self._last[0]}), which the privacy of Poisson sampling does not count; use "
+                    "an algorithm with one gradient per batch"
+                )
+            self._last = drawn
         self._ledger.require_room()
         if isinstance(self._noise, CorrelatedNoise):
             self._noise.take_turn(batch)
@@ -356,6 +365,7 @@ class DP(OracleWrapper):
         """
         self._ledger.load(state, self._comm.ranks)
         self._noise.load(state)
+        self._last = None
         history = self._ledger.history
         if history and history[-1][0] != self._ledger.sigma:
             self._begin_stream()

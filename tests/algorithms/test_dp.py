@@ -200,10 +200,40 @@ def test_epsilon_reaches_its_target_at_the_last_step():
 
 def test_two_gradients_of_one_batch_are_refused():
     made = program(noise_multiplier=1.0)
-    batch = made._batches()[0]
-    made.oracle(made.state.x, batch)
+    made.oracle(made.state.x, made._batches()[0])
+    with pytest.raises(ConfigError, match=r"two gradients of one batch.*draw 0 of step 0 after"):
+        made.oracle(made.state.x, made._batches()[0])  # drawn again: other objects, same examples
+    made.comm.step += 1
+    made.oracle(made.state.x, made._batches()[0])
+
+
+class Eager(AllReduce):
+    """Takes its first gradient in init, of the batch that step 0 is given again."""
+
+    def init(self, comm, oracle, x, batches):
+        oracle(x, batches[0])
+        return super().init(comm, oracle, x, batches)
+
+
+def test_the_batch_of_init_is_not_taken_again_by_the_first_step():
+    made = program(noise_multiplier=1.0, algorithm=Eager(optimizer=SGD(lr=0.5)))
     with pytest.raises(ConfigError, match="two gradients of one batch"):
-        made.oracle(made.state.x, batch)
+        made.step()
+
+
+def test_a_gradient_before_the_state_is_loaded_is_not_left_uncounted():
+    full = {"noise_multiplier": 1.0, "delta": 1e-4, "backprop": {"sampling": "full"}}
+    tensors, scalars = run(program(**full), 2).snapshot()
+    resumed = program(algorithm=Eager(optimizer=SGD(lr=0.5)), **full)
+    with pytest.raises(ConfigError, match="1 private gradients were released before the state"):
+        resumed.restore(tensors, scalars)
+
+
+def test_a_batch_put_together_by_hand_is_refused():
+    made = program(noise_multiplier=1.0)
+    by_hand = [Batch(made.problem.train[torch.arange(5)])]
+    with pytest.raises(ConfigError, match="counts batches by the coins that drew them"):
+        made.oracle(made.state.x, by_hand)
 
 
 @pytest.mark.parametrize("clip", ["flat", "adaptive"])
