@@ -313,8 +313,7 @@ class PrivateGradient:
             segments=tuple((s.noise_multiplier, s.rate, s.steps) for s in ledger.segments(worst)),
         ).as_dict()
 
-    def branch(self) -> None:
-        """Draw new keys."""
+    def _draw_keys(self) -> None:
         self._noise = SecretNoise(self.mode, self._comm, self._block.noise_seed)
         self._noise.agree(self._layout)
 
@@ -349,4 +348,4 @@ class PrivateGradient:
         self._sum.zero_()
         self._seen, self._drawn = 0, -1
         if not same_batches:
-            self.branch()
+            self._draw_keys()
