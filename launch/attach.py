@@ -166,8 +166,7 @@ class Attachment:
     Attributes:
         comm: the ranks, on the topology that the algorithm runs on.
         parts: one per dtype of the model.
-        privacy: of the gradients; None without. ``privacy.draw()`` gives the places of the next
-            batch, by secret coins.
+        privacy: of the gradients, None without; ``privacy.draw()`` tosses coins for the next batch.
     """
 
     def __init__(
