@@ -7,17 +7,17 @@ filters, optimizers, gossip. What a run says of its privacy is in ``statement``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import PrivateAttr
 from torch import Tensor
 
-from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.adaptive import shared_noise
-from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, ClipKind, make_clip
-from gossamer.algorithms.privacy.correlated_noise import CorrelatedNoise, Correlation
+from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, make_clip
+from gossamer.algorithms.privacy.correlated_noise import CorrelatedNoise
+from gossamer.algorithms.privacy.dp_options import DPOptions
 from gossamer.algorithms.privacy.ledger import Ledger
 from gossamer.algorithms.privacy.noise import NoiseMode, SecretNoise
 from gossamer.algorithms.privacy.pairwise import PairwiseNoise
@@ -25,7 +25,7 @@ from gossamer.algorithms.privacy.release import Release
 from gossamer.algorithms.privacy.sampling_plan import SamplingPlan, require_countable
 from gossamer.algorithms.privacy.statement import PrivacyStatement
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Algorithm, Estimate, Oracle, Origin, Sink, TrainingFigures
+from gossamer.algorithms.protocols import Algorithm, Estimate, Origin, Sink, TrainingFigures
 from gossamer.runtime import Communicator, ConfigError
 
 __all__ = ["DP"]
@@ -34,7 +34,7 @@ _OWN = ("local", "pairwise")
 """Modes in which each rank protects its own examples by itself."""
 
 
-class DP(OracleWrapper):
+class DP(DPOptions):
     """Clips each example's gradient and adds noise to the sum: (epsilon, delta)-DP by sampling.
 
     With a batch drawn by independent coins of probability q, expected size B, and noise multiplier
@@ -45,33 +45,6 @@ class DP(OracleWrapper):
     nothing but the mean gradient (``all-reduce``); where ranks exchange anything else, each
     protects its own examples by itself (``local``).
     """
-
-    name: Literal["dp"] = "dp"
-    epsilon: float | None = Field(default=None, gt=0)
-    """Target at the end of the run; gives sigma. Write this or ``noise_multiplier``."""
-    noise_multiplier: float | None = Field(default=None, ge=0)
-    """sigma: the noise in the sum, in units of the clip norm."""
-    delta: float | None = Field(default=None, gt=0, lt=1)
-    """Default: N^-1.1 for N examples."""
-    accountant: Literal["prv", "rdp", "gaussian", "gdp"] = "prv"
-    """How epsilon is counted; a full batch is always counted exactly."""
-    clip: ClipKind = "flat"
-    """How an example's gradient is bounded."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """C. The automatic kinds only rescale the learning rate with it."""
-    clip_gamma: float = Field(default=0.01, gt=0)
-    """gamma of auto-s."""
-    noise_mode: Literal["auto", "split", "rank0", "replicated", "local", "pairwise"] = "auto"
-    """auto: ``split`` where only the mean gradient is used, ``local`` elsewhere; ``pairwise``:
-    ``local``, and noise shared with each neighbor that cancels in the mean (DECOR)."""
-    pairwise_multiplier: float | None = Field(default=None, gt=0)
-    """Noise shared by two neighbors, in units of the clip norm; not counted in epsilon."""
-    correlation: Correlation | None = None
-    """Noise that later steps partly take back: {name: banded, bands: 8}; None: independent."""
-    noise_seed: int | None = None
-    """Makes noise and coins repeatable, for tests: the run is then NOT PRIVATE, and says so."""
-    show_nonprivate: bool = False
-    """Log figures of the training examples, which no epsilon covers, as ``nonprivate_...``."""
 
     _comm: Communicator = PrivateAttr()
     _mode: NoiseMode = PrivateAttr(default="split")
@@ -86,36 +59,6 @@ class DP(OracleWrapper):
     _strategy: list[float] = PrivateAttr(default_factory=list)  # of the streams to begin
     _seeded: bool = PrivateAttr(default=False)
     _last: tuple[int, int] | None = PrivateAttr(default=None)  # (step, draw) released last
-
-    @field_validator("inner")
-    @classmethod
-    def _check_inner(cls, inner: Oracle) -> Oracle:
-        if isinstance(inner, OracleWrapper) and type(inner).clipped is Oracle.clipped:
-            raise ValueError(
-                f"dp bounds the gradients of single examples, of which {inner.name} hands on none; "
-                f"what processes gradients stands behind dp: oracle: [..., dp, {inner.name}]"
-            )
-        return inner
-
-    @model_validator(mode="after")
-    def _check_target(self) -> Self:
-        if (self.noise_mode == "pairwise") != (self.pairwise_multiplier is not None):
-            raise ValueError(
-                "noise_mode: pairwise and pairwise_multiplier go together; write both, or neither"
-            )
-        if self.correlation is not None and self.clip == "adaptive":
-            raise ValueError(
-                "clip: adaptive moves C, and correlated noise takes back what was added for the C "
-                "of former steps; use flat or auto-s"
-            )
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("write epsilon or noise_multiplier, one of them")
-        if self.accountant == "gdp":
-            raise ValueError(
-                "accountant: gdp is an approximation that can report a ninth of the true epsilon; "
-                "use prv or rdp"
-            )
-        return self
 
     # --- before the first step --------------------------------------------------------------
 
