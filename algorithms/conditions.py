@@ -1,4 +1,4 @@
-"""What an algorithm asks of W, checked before the first step."""
+"""What an algorithm asks of W and of its oracle, checked before the first step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gossamer.runtime.errors import ConfigError
 from gossamer.topologies import Topology, build
 
 if TYPE_CHECKING:
-    from gossamer.algorithms.protocols import Algorithm
+    from gossamer.algorithms.protocols import Algorithm, Oracle
 
 __all__ = [
     "LAMBDA_MIN_TOLERANCE",
@@ -18,6 +18,7 @@ __all__ = [
     "needs_static",
     "require_column_stochastic",
     "require_doubly_stochastic",
+    "require_form",
     "require_lambda_min",
     "require_own_weight",
     "require_static",
@@ -143,3 +144,13 @@ def require_own_weight(algorithm: str, topology: Topology) -> Topology:
                 f"{t} of {topology.name}; use weights: push_sum, or the lazy form of W"
             )
     return topology
+
+
+def require_form(algorithm: Algorithm, oracle: Oracle) -> None:
+    """Refuse an oracle whose gradients come in a form that the algorithm does not take."""
+    if oracle.form not in algorithm.takes:
+        raise ConfigError(
+            f"oracle: {oracle.name} gives {oracle.form}, of which {algorithm.name} can make no "
+            f"step (it takes {' or '.join(sorted(algorithm.takes))}); use another oracle, or an "
+            f"algorithm that takes {oracle.form}"
+        )

@@ -52,11 +52,14 @@ class Batch:
         inputs: what the loss takes after the module; the first size is the number of examples.
         indices: int64 (examples,), their places in the dataset; None unless the plan asks.
         block: which of the plan's blocks they were drawn from.
+        drawn: (step, draw) whose coins or order chose them, alike for the batches of all ranks;
+            None: nothing chose, they are the whole shard or were put together by hand.
     """
 
     inputs: tuple[Tensor, ...]
     indices: Tensor | None = None
     block: int = 0
+    drawn: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.inputs[0])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.algorithms.conditions import require_form
 from gossamer.algorithms.evaluation import Evaluator
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.protocols import Algorithm, Metrics, Oracle
@@ -48,9 +49,10 @@ class TrainingProgram:
             evaluator_options: for ``Evaluator``.
 
         Raises:
-            ConfigError: the task and the oracle do not fit.
+            ConfigError: the task, the oracle and the algorithm do not fit.
         """
         self.comm, self.problem, self.oracle, self.algorithm = comm, problem, oracle, algorithm
+        require_form(algorithm, oracle)
         oracle.adapt(algorithm)
         plan = oracle.setup(comm, problem)
         self.layout = oracle.layout

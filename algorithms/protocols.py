@@ -47,7 +47,7 @@ Metrics = Mapping[str, Tensor | float]
 class Directions(Protocol):
     """A gradient estimate that is not written down: what makes it, row by row."""
 
-    def mean(self) -> Tensor | Directions | None:
+    def mean(self, comm: Communicator) -> Tensor | Directions | None:
         """Return the mean of the estimates over ranks, one row or one for each hosted rank.
 
         None: some rank's losses were not finite, and no rank may take the step.
@@ -115,7 +115,7 @@ class Estimate:
         None: some rank's losses were not finite, and no rank may take the step.
         """
         if not isinstance(self.grad, Tensor):
-            mean: Tensor | Directions | None = self.grad.mean()
+            mean: Tensor | Directions | None = self.grad.mean(comm)
         else:
             mean = comm.all_reduce(self.grad, "mean") if comm.n > 1 else self.grad
         return mean.expand(comm.local, -1) if isinstance(mean, Tensor) else mean
@@ -155,6 +155,7 @@ class Oracle(Component, ABC):
 
     name: str = ""
     form: ClassVar[Literal["row", "directions", "stream"]] = "row"
+    """What ``grad`` of a call is: a row, Directions, or slices handed to the sink."""
 
     @abstractmethod
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
@@ -397,7 +398,7 @@ class Algorithm(Component, ABC):
 
     name: str = ""
     takes: ClassVar[frozenset[str]] = frozenset({"row"})
-    """The forms of oracle it takes; another is made dense with a message, or refused."""
+    """The forms of oracle it takes; another is refused."""
     uses: ClassVar[Literal["rows", "mean"]] = "rows"
     """What of the oracle's gradients leaves a rank: each rank's own, or the mean over all alone."""
     sends: ClassVar[str] = "what its algorithm exchanges"
@@ -431,7 +432,10 @@ class Algorithm(Component, ABC):
 
     @abstractmethod
     def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> Any:
-        """Return the state that starts at x (local, d), equal rows unless resumed."""
+        """Return the state that starts at x (local, d), equal rows unless resumed.
+
+        ``batches`` are those of step 0, which the first ``step`` is given again.
+        """
 
     @abstractmethod
     def step(self, comm: Communicator, oracle: Oracle, state: Any, batches: Batches) -> Metrics:

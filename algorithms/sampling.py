@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -101,9 +101,14 @@ class Sampler:
                 drawn.update(zip(group.rows, self._draw(group, step, draw, count), strict=True))
             places += [drawn[row] for row in range(len(self._ranks))]
         local = len(self._ranks)
-        blocks = [(step * count + k // local) % self._plan.blocks for k in range(len(places))]
-        batches = self._fetch(places, blocks)
-        return [batches[k * local : (k + 1) * local] for k in range(count)]
+        batches = self._fetch(places)
+        return [
+            [
+                replace(batch, block=(step * count + draw) % self._plan.blocks, drawn=(step, draw))
+                for batch in batches[draw * local : (draw + 1) * local]
+            ]
+            for draw in range(count)
+        ]
 
     def _draw(self, group: _Group, step: int, draw: int, count: int) -> list[np.ndarray]:
         """Return the places in the dataset of one draw, per rank of the group."""
@@ -153,11 +158,13 @@ class Sampler:
     def _fresh(self, step: int, draw: int) -> list[Batch]:
         stream = cast(Stream, self._problem.train)
         size = self._plan.batch_size
-        return [Batch(stream.draw(self._seed, rank, step, draw, size)) for rank in self._ranks]
+        return [
+            Batch(stream.draw(self._seed, rank, step, draw, size), drawn=(step, draw))
+            for rank in self._ranks
+        ]
 
-    def _fetch(self, places: list[np.ndarray], blocks: Sequence[int] | None = None) -> list[Batch]:
+    def _fetch(self, places: list[np.ndarray]) -> list[Batch]:
         """Look all examples up at once, then cut them into one batch per element of ``places``."""
-        blocks = [0] * len(places) if blocks is None else blocks
         flat = torch.from_numpy(np.concatenate(places))
         columns = cast(Dataset, self._problem.train)[flat]
         if self._plan.indices:
@@ -165,8 +172,8 @@ class Sampler:
         sizes = [len(p) for p in places]
         cut = [map(_aligned, torch.split(column, sizes)) for column in columns]
         if not self._plan.indices:
-            return [Batch(tuple(i), None, b) for *i, b in zip(*cut, blocks, strict=True)]
-        return [Batch(tuple(i), last, b) for *i, last, b in zip(*cut, blocks, strict=True)]
+            return [Batch(tuple(inputs)) for inputs in zip(*cut, strict=True)]
+        return [Batch(tuple(inputs), last) for *inputs, last in zip(*cut, strict=True)]
 
     def _check(self) -> None:
         plan = self._plan

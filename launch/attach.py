@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gossamer.algorithms.conditions import require_form
 from gossamer.algorithms.problems import Batches
 from gossamer.algorithms.protocols import Algorithm
 from gossamer.launch.attach_adapters import GivenGradient, find_algorithm
@@ -165,7 +166,7 @@ class Attachment:
     Attributes:
         comm: the ranks, on the topology that the algorithm runs on.
         parts: one per dtype of the model.
-        privacy: of the gradients; None without.
+        privacy: of the gradients, None without; ``privacy.draw()`` tosses coins for the next batch.
     """
 
     def __init__(
@@ -361,6 +362,7 @@ class _Part:
         x.copy_(comm.broadcast(x, root=0, count=False))
         self._oracle = GivenGradient()
         self._oracle.give(self)
+        require_form(algorithm, self._oracle)
         self.state = algorithm.init(comm, self._oracle, x, _NO_BATCHES)
         self._bind()
 

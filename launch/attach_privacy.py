@@ -14,12 +14,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from gossamer.algorithms.oracles.per_sample_terms import (
-    Dense,
-    add_weighted,
-    full_precision,
-    squared_norms,
-)
+from gossamer.algorithms.oracles.per_sample import add_bounded
+from gossamer.algorithms.oracles.per_sample_terms import Dense
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.clipping import ClipKind, make_clip
 from gossamer.algorithms.privacy.ledger import Ledger
@@ -269,20 +265,10 @@ class PrivateGradient:
         self._seen += count
         if count == 0:
             return
-        with torch.no_grad(), full_precision():
+        with torch.no_grad():
             # In the sum's precision, whatever the model's.
-            terms = [None if g is None else Dense(g.to(self._sum.dtype)) for g in each]
-            none = torch.zeros(count, dtype=torch.float64, device=self._sum.device)
-            squares = torch.stack(
-                [none if t is None else squared_norms([t], t.g.shape[1:])[0] for t in terms], dim=1
-            )
-            factors = self._clip.factors(squares).expand_as(squares)
-            bad = ~torch.isfinite(squares).all(dim=1)
-            for k, (term, view) in enumerate(
-                zip(terms, self._layout.views(self._sum[0]), strict=True)
-            ):
-                if term is not None:
-                    add_weighted([term], factors[:, k], bad, view)
+            terms = [[] if g is None else [Dense(g.to(self._sum.dtype))] for g in each]
+            add_bounded(terms, count, self._clip, self._layout, self._sum[0])
 
     # --- what is said and kept --------------------------------------------------------------
 
@@ -327,8 +313,7 @@ class PrivateGradient:
             segments=tuple((s.noise_multiplier, s.rate, s.steps) for s in ledger.segments(worst)),
         ).as_dict()
 
-    def branch(self) -> None:
-        """Draw new keys."""
+    def _draw_keys(self) -> None:
         self._noise = SecretNoise(self.mode, self._comm, self._block.noise_seed)
         self._noise.agree(self._layout)
 
@@ -363,4 +348,4 @@ class PrivateGradient:
         self._sum.zero_()
         self._seen, self._drawn = 0, -1
         if not same_batches:
-            self.branch()
+            self._draw_keys()

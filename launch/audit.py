@@ -11,7 +11,8 @@ from gossamer.algorithms.privacy.dp import DP
 from gossamer.algorithms.privacy.public import PublicData
 from gossamer.algorithms.program import TrainingProgram
 from gossamer.launch.comparison import with_overrides
-from gossamer.launch.config import Experiment, load_yaml, oracle_layers, resolve
+from gossamer.launch.config import Experiment, oracle_layers, resolve
+from gossamer.launch.config_file import load_yaml
 from gossamer.runtime import Communicator, StackedTransport
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.loop import LoopOptions, run_loop

@@ -10,11 +10,10 @@ from typing import Any
 from gossamer.launch.config import (
     Experiment,
     RunConfig,
-    apply_overrides,
     field_names,
-    merge,
     resolve,
 )
+from gossamer.launch.config_file import apply_overrides, merge
 from gossamer.runtime.errors import ConfigError, nearest
 from gossamer.runtime.transports.select import world_size
 from gossamer.topologies import TopologyError

@@ -19,7 +19,8 @@ from gossamer.algorithms.privacy.public_split import split_public
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.protocols import Oracle
 from gossamer.launch.comparison import with_overrides
-from gossamer.launch.config import Experiment, load_yaml, oracle_layers, resolve
+from gossamer.launch.config import Experiment, oracle_layers, resolve
+from gossamer.launch.config_file import load_yaml
 from gossamer.runtime.checkpoint import Checkpoint
 from gossamer.runtime.errors import ConfigError
 

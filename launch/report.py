@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gossamer.launch.report_page import render_page
@@ -12,6 +13,7 @@ from gossamer.launch.report_runs import (
     RunRecord,
     columns_of,
     format_value,
+    privacy_rows,
     read_runs,
     table_row,
 )
@@ -49,7 +51,7 @@ def finish(root: Path, folders: list[Path]) -> None:
 
 
 def print_table(runs: list[RunRecord]) -> None:
-    """Print the summaries of ``runs`` as one table."""
+    """Print the summaries of ``runs`` as one table, and what private ones state as another."""
     rows = [table_row(run) for run in runs]
     shown = columns_of(rows)
     table = Table()
@@ -60,4 +62,11 @@ def print_table(runs: list[RunRecord]) -> None:
     for row in rows:
         table.add_row(*(format_value(column, row[column]) for column in shown))
     console = Console()
-    Console(width=console.width if console.is_terminal else _PLAIN_WIDTH).print(table)
+    console = Console(width=console.width if console.is_terminal else _PLAIN_WIDTH)
+    console.print(table)
+    private = [run for run in runs if run.is_private]
+    if private:
+        stated = Table("privacy", *(escape(run.name) for run in private))
+        for heading, values in privacy_rows(private):
+            stated.add_row(heading, *map(escape, values))
+        console.print(stated)

@@ -16,6 +16,7 @@ from gossamer.launch.report_runs import (
     RunRecord,
     columns_of,
     format_value,
+    privacy_rows,
     table_row,
 )
 
@@ -143,40 +144,20 @@ def _legend(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
 
 def _privacy(runs: Sequence[RunRecord], colors: Sequence[str]) -> str:
     """Return what the private runs state, a column each; nothing where none is private."""
-    stated = [
-        (run, color, {**run.summary["privacy"], **_filter(run)})
-        for run, color in zip(runs, colors, strict=True)
-        if "privacy" in run.summary
-    ]
-    if not stated:
+    private = [(run, color) for run, color in zip(runs, colors, strict=True) if run.is_private]
+    if not private:
         return ""
-    head = "".join(f"<th>{_dot(color)}{escape(run.name)}</th>" for run, color, _ in stated)
+    head = "".join(f"<th>{_dot(color)}{escape(run.name)}</th>" for run, color in private)
     body = ""
-    for key in dict.fromkeys(key for *_, said in stated for key in said):
-        values = [said.get(key) for *_, said in stated]
-        cells = "".join(f"<td class='text'>{escape(_said(value))}</td>" for value in values)
-        if len(values) > 1 and all(value == values[0] for value in values):
-            cells = f"<td class='text' colspan='{len(values)}'>{escape(_said(values[0]))}</td>"
-        body += f"<tr><td class='text'>{escape(key.replace('_', ' '))}</td>{cells}</tr>"
+    for heading, values in privacy_rows([run for run, _ in private]):
+        cells = "".join(f"<td class='text'>{escape(value)}</td>" for value in values)
+        if len(values) > 1 and len(set(values)) == 1:
+            cells = f"<td class='text' colspan='{len(values)}'>{escape(values[0])}</td>"
+        body += f"<tr><td class='text'>{escape(heading)}</td>{cells}</tr>"
     return (
         "<h2>Privacy</h2><div class='card scroll stated'><table><thead><tr><th></th>"
         f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-
-
-def _filter(run: RunRecord) -> dict[str, Any]:
-    found = run.summary.get("filter")
-    return {} if found is None else {"filter": found}
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_said(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(_said, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return format_value("", value)
 
 
 # --- curves -----------------------------------------------------------------------------------

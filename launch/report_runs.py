@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "columns_of",
     "format_bytes",
     "format_value",
+    "privacy_rows",
     "read_runs",
     "table_row",
 ]
@@ -63,6 +65,11 @@ class RunRecord:
         """Return the names of all figures that were logged."""
         return {name for record in self.records for name in record if name != "step"}
 
+    @property
+    def is_private(self) -> bool:
+        """Whether it states its privacy."""
+        return "privacy" in self.summary
+
 
 def read_runs(folders: list[Path]) -> list[RunRecord]:
     """Read run folders; a comparison's folder counts as its runs.
@@ -95,6 +102,32 @@ def table_row(run: RunRecord) -> dict[str, Any]:
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
     """Return the columns to show: those that some row has a value for."""
     return [column for column in COLUMNS if any(row[column] is not None for row in rows)]
+
+
+def privacy_rows(runs: list[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Return what private runs state, in words: a heading, and what each run says under it."""
+    stated = [
+        {**run.summary["privacy"], **{k: run.summary[k] for k in _BESIDE if k in run.summary}}
+        for run in runs
+    ]
+    return [
+        (key.replace("_", " "), [_spelled(said.get(key)) for said in stated])
+        for key in dict.fromkeys(key for said in stated for key in said)
+    ]
+
+
+_BESIDE = ("filter", "public_data")
+"""Of a summary, what belongs to the statement of privacy and other oracles say."""
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_spelled(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_spelled, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format_value("", value)
 
 
 def format_value(column: str, value: Any) -> str:

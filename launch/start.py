@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.launch.comparison import experiments_of, ranks_of, variants_of, with_overrides
-from gossamer.launch.config import RunConfig, load_yaml
+from gossamer.launch.config import RunConfig
+from gossamer.launch.config_file import load_yaml
 from gossamer.launch.resume import resume_from
 from gossamer.launch.run import Request, execute, execute_in_child, require_threads
 from gossamer.runtime.errors import ConfigError

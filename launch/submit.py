@@ -18,7 +18,8 @@ from string import Template
 from typing import Literal
 
 from gossamer.launch.comparison import variants_of, with_overrides
-from gossamer.launch.config import Experiment, RunConfig, load_yaml
+from gossamer.launch.config import Experiment, RunConfig
+from gossamer.launch.config_file import load_yaml
 from gossamer.runtime.errors import ConfigError, nearest
 
 __all__ = ["Job", "job_script", "submit"]

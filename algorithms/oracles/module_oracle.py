@@ -5,6 +5,7 @@ The module exists once per process; its parameters become views of the row at ha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
 from gossamer.algorithms.oracles.buffers import BufferRows
-from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator, ConfigError, RowLayout
 
@@ -100,7 +101,8 @@ class ModuleOracle(Oracle):
         """Return the batches where the module is: datasets stay on the CPU."""
         if self._comm.device.type == "cpu":
             return batch
-        return [Batch(tuple(t.to(self._comm.device) for t in b.inputs), b.indices) for b in batch]
+        device = self._comm.device
+        return [replace(b, inputs=tuple(t.to(device) for t in b.inputs)) for b in batch]
 
     def _module_at(self, row: Tensor, i: int, grad: Tensor | None = None) -> nn.Module:
         self._layout.bind(self._problem.module, row, grad)

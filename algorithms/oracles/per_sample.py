@@ -31,7 +31,7 @@ from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.protocols import Clip
 from gossamer.runtime import ConfigError, RowLayout
 
-__all__ = ["PerSampleGradients", "check_layers"]
+__all__ = ["PerSampleGradients", "add_bounded", "check_layers"]
 
 log = logging.getLogger("gossamer")
 
@@ -118,20 +118,8 @@ class PerSampleGradients:
         """
         find = self._tapped if self.is_tapped and self._weigh_alike(inputs) else self._by_functions
         terms, loss = find(points, inputs, bind, cast)
-        with full_precision():
-            found = [
-                squared_norms(terms[s.name], s.shape)
-                if terms[s.name]
-                else (out.new_zeros(len(inputs[0])), [])
-                for s in self._layout.slices
-            ]
-            squares = torch.stack([square for square, _ in found], dim=1)
-            factors = clip.factors(squares).expand_as(squares)
-            bad = ~torch.isfinite(squares).all(dim=1)
-            skipped = bad if bool(bad.any()) else None
-            views = self._layout.views(out)
-            for k, (view, (_, merged)) in enumerate(zip(views, found, strict=True)):
-                add_weighted(merged, factors[:, k], skipped, view)
+        each = [terms[s.name] for s in self._layout.slices]
+        add_bounded(each, len(inputs[0]), clip, self._layout, out)
         return loss
 
     def _weigh_alike(self, inputs: tuple[Tensor, ...]) -> bool:
@@ -293,6 +281,32 @@ class PerSampleGradients:
                 terms[name].append(Dense(_wide(grad)).scaled(c))
         assert first is not None
         return terms, first
+
+
+def add_bounded(
+    terms: Sequence[Sequence[Term]], count: int, clip: Clip, layout: RowLayout, out: Tensor
+) -> None:
+    """Add the sum over examples of their bounded gradients to ``out``.
+
+    Args:
+        terms: of each parameter in the order of the layout; none where no gradient reached it.
+        count: m > 0, of examples.
+        clip: bounds an example's gradient.
+        layout: of the row.
+        out: (d,), zero or a sum so far, of the terms' dtype.
+    """
+    with full_precision():
+        unreached = torch.zeros(count, dtype=torch.float64, device=out.device), list[Term]()
+        found = [
+            squared_norms(own, s.shape) if own else unreached
+            for own, s in zip(terms, layout.slices, strict=True)
+        ]
+        squares = torch.stack([square for square, _ in found], dim=1)
+        factors = clip.factors(squares).expand_as(squares)
+        bad = ~torch.isfinite(squares).all(dim=1)
+        skipped = bad if bool(bad.any()) else None
+        for k, (view, (_, merged)) in enumerate(zip(layout.views(out), found, strict=True)):
+            add_weighted(merged, factors[:, k], skipped, view)
 
 
 def check_layers(module: nn.Module, field: str) -> None:

@@ -10,13 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.privacy.correlated import (
+from gossamer.algorithms.privacy.noise import SecretNoise
+from gossamer.algorithms.privacy.noise_strategies import (
     StreamingNoise,
     banded,
     inverse_coefficients,
     sqrt_toeplitz,
 )
-from gossamer.algorithms.privacy.noise import SecretNoise
 from gossamer.algorithms.problems import RankBatches
 from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
 from gossamer.runtime.component import Component

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+import torch
+from pydantic import Field, PrivateAttr
 from scipy.signal import lfilter
 from torch import Tensor
 
-from gossamer.algorithms.privacy.filtering import GradientFilter
+from gossamer.algorithms.privacy.gradient_filter import GradientFilter
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Estimate
 from gossamer.runtime import Communicator, ConfigError
@@ -55,6 +57,8 @@ class Disk(GradientFilter):
     """How far to look ahead, in displacements; 0 stands for (1 - kappa) / kappa, which needs one
     evaluation instead of two (so does any gamma within .001 of it)."""
 
+    _noise: np.ndarray = PrivateAttr()  # (local, 2), variances in g_{t-1}: in a row, in the mean
+
     @property
     def evaluations(self) -> int:
         """Gradients a call, after the first."""
@@ -83,15 +87,23 @@ class Disk(GradientFilter):
                 1 - self.weight,
                 (1 - self.kappa) / (self.kappa * _LARGE_WEIGHT),
             )
+        self._noise = np.zeros((comm.local, 2))
         return super().setup(comm, problem)
+
+    def _state(self) -> dict[str, Any]:
+        state = super()._state()
+        return {**state, "noise": torch.from_numpy(self._noise)} if state else {}
 
     def _kept(self) -> dict[str, int]:
         return {} if self.kappa == 1 else {"gradient": 1, "point": 1}
 
-    def variance_gain(self, t: int) -> float:
-        """Return the variance of g_t over that of one noisy gradient, without clipping."""
-        limit = self.kappa / (2 - self.kappa)
-        return float((1 - self.kappa) ** (2 * t) * (1 - limit) + limit)
+    def _spread(self, white: np.ndarray) -> np.ndarray:
+        """Return Var e_t = (1 - kappa)^2 Var e_{t-1} + kappa^2 Var w_t, Var e_0 = Var w_0."""
+        if self._t == 0:
+            self._noise[:] = white
+        else:
+            self._noise[:] = (1 - self.kappa) ** 2 * self._noise + self.kappa**2 * white
+        return self._noise.copy()
 
     def _variances(self, noise: np.ndarray) -> np.ndarray:
         """Return those of e_t = (1 - kappa) e_{t-1} + kappa w_t, e_0 = w_0.
@@ -130,12 +142,13 @@ class Disk(GradientFilter):
         estimate = self._observe(x, batch, point)
         if estimate.origin.restart or estimate.mean_origin.restart:
             self._forget()
+        estimate = self._behind(estimate)
         t = self._t
         kappa, past = self.kappa, [(1 - self.kappa, gradient)]
         grad = self._combined(estimate.grad, kappa if t else 1.0, past if t else [], gradient)
         point.copy_(x)
         self._calls += 1
-        return self._filtered(estimate, grad, self._gain(t, self.variance_gain(t)))
+        return replace(estimate, grad=grad)
 
     def _observe(self, x: Tensor, batch: RankBatches, point: Tensor) -> Estimate:
         """Return the inner estimate of h; ``point`` goes from x_{t-1} to x_t + gamma d."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from scipy.signal import lfilter
 from torch import Tensor
 
-from gossamer.algorithms.privacy.filtering import GradientFilter
-from gossamer.algorithms.privacy.filters import (
+from gossamer.algorithms.privacy.filter_coefficients import (
     Coefficients,
     Response,
     bilinear,
@@ -21,6 +22,7 @@ from gossamer.algorithms.privacy.filters import (
     ema,
     none,
 )
+from gossamer.algorithms.privacy.gradient_filter import GradientFilter
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Estimate
 from gossamer.runtime import Communicator, ConfigError
@@ -117,7 +119,6 @@ class Doppler(GradientFilter):
         """Build the filter."""
         super().model_post_init(context)
         self._coefficients = self._chosen()
-        self._response = Response(self._coefficients)
 
     def _chosen(self) -> Coefficients:
         if self.filter == "butter2":
@@ -139,13 +140,17 @@ class Doppler(GradientFilter):
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
         """Set the inner oracle up and start with no gradient seen."""
         plan = super().setup(comm, problem)
-        self._response = Response(self._coefficients)
+        self._response = self._response_at(0)
         return plan
+
+    def _response_at(self, t: int) -> Response:
+        """Return the filter's response before call t: in a row, in the mean."""
+        return Response(self._coefficients, (len(self._calls), 2), t)
 
     def _forget(self) -> None:
         """Leave former rows out from here on, and what they weighed."""
         super()._forget()
-        self._response = Response(self._coefficients)
+        self._response = self._response_at(0)
 
     def start(self, steps: int | None, draws: int) -> None:
         """Start the inner oracle, and check the filter over the calls of the run."""
@@ -182,15 +187,19 @@ class Doppler(GradientFilter):
             return estimate
         if estimate.origin.restart or estimate.mean_origin.restart:
             self._forget()
+        estimate = self._behind(estimate)
         t = self._t
-        gain = self._gain(t, self._response.advance())
         inputs, outputs = self._rows["inputs"], self._rows["outputs"]
         output = outputs[t % len(outputs)]
         newest = inputs[t % len(inputs)] if inputs else None
         weight = self._coefficients.b[0] / self._response.c[0]
         grad = self._combined(estimate.grad, weight, self._past(t), output, newest)
         self._calls += 1
-        return self._filtered(estimate, grad, gain)
+        return replace(estimate, grad=grad)
+
+    def _spread(self, white: np.ndarray) -> np.ndarray:
+        """Return sum_{k<=t} h_k^2 white_{t-k} / c_t^2."""
+        return self._response.advance(white)
 
     def _past(self, t: int) -> list[tuple[float, Tensor]]:
         """Return m_t / c_t without the newest gradient, as a sum over kept rows.
@@ -214,12 +223,16 @@ class Doppler(GradientFilter):
         rows = lfilter(found.b, (1.0, *found.a), noise)
         return np.asarray(np.cumsum(rows**2) / found.gains(len(noise)) ** 2)
 
+    def _state(self) -> dict[str, Any]:
+        state = super()._state()
+        return {**state, "noise": torch.from_numpy(self._response.covariance)} if state else {}
+
     def load_own_state(self, state: dict[str, Tensor]) -> None:
-        """Copy the rows back in place; c_t and rho_t follow from the number of calls."""
+        """Copy rows and covariances back in place; c_t follows from the number of calls."""
         super().load_own_state(state)
-        self._response = Response(self._coefficients)
-        for _ in range(self._t if self._rows else 0):
-            self._response.advance()
+        covariance = self._response.covariance
+        self._response = self._response_at(self._t)
+        self._response.covariance = covariance
 
     def statement(self) -> dict[str, Any]:
         """Add the filter and its variance gain."""

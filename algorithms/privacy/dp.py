@@ -7,17 +7,17 @@ filters, optimizers, gossip. What a run says of its privacy is in ``statement``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import PrivateAttr
 from torch import Tensor
 
-from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.adaptive import shared_noise
-from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, ClipKind, make_clip
-from gossamer.algorithms.privacy.correlated_noise import CorrelatedNoise, Correlation
+from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, make_clip
+from gossamer.algorithms.privacy.correlated_noise import CorrelatedNoise
+from gossamer.algorithms.privacy.dp_options import DPOptions
 from gossamer.algorithms.privacy.ledger import Ledger
 from gossamer.algorithms.privacy.noise import NoiseMode, SecretNoise
 from gossamer.algorithms.privacy.pairwise import PairwiseNoise
@@ -25,7 +25,7 @@ from gossamer.algorithms.privacy.release import Release
 from gossamer.algorithms.privacy.sampling_plan import SamplingPlan, require_countable
 from gossamer.algorithms.privacy.statement import PrivacyStatement
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Algorithm, Estimate, Oracle, Origin, Sink, TrainingFigures
+from gossamer.algorithms.protocols import Algorithm, Estimate, Origin, Sink, TrainingFigures
 from gossamer.runtime import Communicator, ConfigError
 
 __all__ = ["DP"]
@@ -34,7 +34,7 @@ _OWN = ("local", "pairwise")
 """Modes in which each rank protects its own examples by itself."""
 
 
-class DP(OracleWrapper):
+class DP(DPOptions):
     """Clips each example's gradient and adds noise to the sum: (epsilon, delta)-DP by sampling.
 
     With a batch drawn by independent coins of probability q, expected size B, and noise multiplier
@@ -45,33 +45,6 @@ class DP(OracleWrapper):
     nothing but the mean gradient (``all-reduce``); where ranks exchange anything else, each
     protects its own examples by itself (``local``).
     """
-
-    name: Literal["dp"] = "dp"
-    epsilon: float | None = Field(default=None, gt=0)
-    """Target at the end of the run; gives sigma. Write this or ``noise_multiplier``."""
-    noise_multiplier: float | None = Field(default=None, ge=0)
-    """sigma: the noise in the sum, in units of the clip norm."""
-    delta: float | None = Field(default=None, gt=0, lt=1)
-    """Default: N^-1.1 for N examples."""
-    accountant: Literal["prv", "rdp", "gaussian", "gdp"] = "prv"
-    """How epsilon is counted; a full batch is always counted exactly."""
-    clip: ClipKind = "flat"
-    """How an example's gradient is bounded."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """C. The automatic kinds only rescale the learning rate with it."""
-    clip_gamma: float = Field(default=0.01, gt=0)
-    """gamma of auto-s."""
-    noise_mode: Literal["auto", "split", "rank0", "replicated", "local", "pairwise"] = "auto"
-    """auto: ``split`` where only the mean gradient is used, ``local`` elsewhere; ``pairwise``:
-    ``local``, and noise shared with each neighbor that cancels in the mean (DECOR)."""
-    pairwise_multiplier: float | None = Field(default=None, gt=0)
-    """Noise shared by two neighbors, in units of the clip norm; not counted in epsilon."""
-    correlation: Correlation | None = None
-    """Noise that later steps partly take back: {name: banded, bands: 8}; None: independent."""
-    noise_seed: int | None = None
-    """Makes noise and coins repeatable, for tests: the run is then NOT PRIVATE, and says so."""
-    show_nonprivate: bool = False
-    """Log figures of the training examples, which no epsilon covers, as ``nonprivate_...``."""
 
     _comm: Communicator = PrivateAttr()
     _mode: NoiseMode = PrivateAttr(default="split")
@@ -85,37 +58,7 @@ class DP(OracleWrapper):
     _sends: str = PrivateAttr(default="")
     _strategy: list[float] = PrivateAttr(default_factory=list)  # of the streams to begin
     _seeded: bool = PrivateAttr(default=False)
-    _last: RankBatches | None = PrivateAttr(default=None)
-
-    @field_validator("inner")
-    @classmethod
-    def _check_inner(cls, inner: Oracle) -> Oracle:
-        if isinstance(inner, OracleWrapper) and type(inner).clipped is Oracle.clipped:
-            raise ValueError(
-                f"dp bounds the gradients of single examples, of which {inner.name} hands on none; "
-                f"what processes gradients stands behind dp: oracle: [..., dp, {inner.name}]"
-            )
-        return inner
-
-    @model_validator(mode="after")
-    def _check_target(self) -> Self:
-        if (self.noise_mode == "pairwise") != (self.pairwise_multiplier is not None):
-            raise ValueError(
-                "noise_mode: pairwise and pairwise_multiplier go together; write both, or neither"
-            )
-        if self.correlation is not None and self.clip == "adaptive":
-            raise ValueError(
-                "clip: adaptive moves C, and correlated noise takes back what was added for the C "
-                "of former steps; use flat or auto-s"
-            )
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("write epsilon or noise_multiplier, one of them")
-        if self.accountant == "gdp":
-            raise ValueError(
-                "accountant: gdp is an approximation that can report a ninth of the true epsilon; "
-                "use prv or rdp"
-            )
-        return self
+    _last: tuple[int, int] | None = PrivateAttr(default=None)  # (step, draw) released last
 
     # --- before the first step --------------------------------------------------------------
 
@@ -276,14 +219,14 @@ class DP(OracleWrapper):
         points: Sequence[tuple[float, Tensor]] | None,
         sigma: float,
     ) -> Estimate:
-        comm, layout, bound = self._comm, self.inner.layout, self._clip.sensitivity
+        layout, bound = self.inner.layout, self._clip.sensitivity
         secret_of = self._noise.coin_seed
         found = self.inner.clipped(x, batch, self._clip, combine=points, secret_of=secret_of)
         scales = self._noise.scales(sigma * bound)
         noise = self._noise.pending(found.grad, layout, self._ledger.releases, scales)
         self._ledger.count()
         factors = [1 / size for size in self._expected]
-        release = Release(comm, layout, found.grad, noise, factors, out=found.grad)
+        release = Release(layout, found.grad, noise, factors, out=found.grad)
         grad: Tensor | Release = release
         if found.grad.dtype != layout.dtype:
             # In float32 up to here; rows of half precision take what is released already.
@@ -326,12 +269,21 @@ class DP(OracleWrapper):
         return estimate
 
     def _check_release(self, batch: RankBatches) -> None:
-        if batch is self._last and min(self._ledger.rates) < 1:
-            raise ConfigError(
-                "oracle: the algorithm takes two gradients of one batch, which the privacy of "
-                "Poisson sampling does not count; use an algorithm with one gradient per batch"
-            )
-        self._last = batch
+        if min(self._ledger.rates) < 1:
+            drawn = batch[0].drawn
+            if drawn is None:
+                raise ConfigError(
+                    "oracle: dp counts batches by the coins that drew them, and this one was put "
+                    "together by hand; use those that the step is given"
+                )
+            if self._last is not None and drawn <= self._last:
+                raise ConfigError(
+                    f"oracle: the algorithm takes two gradients of one batch, or batches out of "
+                    f"order (draw {drawn[1]} of step {drawn[0]} after draw {self._last[1]} of step "
+                    f"{self._last[0]}), which the privacy of Poisson sampling does not count; use "
+                    "an algorithm with one gradient per batch"
+                )
+            self._last = drawn
         self._ledger.require_room()
         if isinstance(self._noise, CorrelatedNoise):
             self._noise.take_turn(batch)
@@ -356,6 +308,7 @@ class DP(OracleWrapper):
         """
         self._ledger.load(state, self._comm.ranks)
         self._noise.load(state)
+        self._last = None
         history = self._ledger.history
         if history and history[-1][0] != self._ledger.sigma:
             self._begin_stream()
@@ -397,9 +350,9 @@ class DP(OracleWrapper):
         ledger = self._ledger
         worst, rates, pairs = ledger.worst, ledger.rates, self._pairs
         each = ledger.spent_per_rank() if self._mode in _OWN and len(set(rates)) > 1 else ()
-        alone = None
-        if pairs is not None and pairs.knows_against_one:
-            alone = ledger.spent_with(pairs.against_one)
+        alone: float | str | None = None
+        if pairs is not None:
+            alone = pairs.unknown_against_one or ledger.spent_with(pairs.against_one)
         said = PrivacyStatement(
             epsilon=max(each) if each else ledger.spent(worst),
             epsilon_per_rank=each,

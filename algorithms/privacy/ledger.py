@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.accounting import Segment
-from gossamer.algorithms.privacy.correlated import amplified_history
+from gossamer.algorithms.privacy.noise_strategies import amplified_history
 from gossamer.runtime.errors import ConfigError
 
 __all__ = ["Ledger"]
@@ -184,8 +184,14 @@ class Ledger:
 
         Raises:
             ConfigError: the checkpoint does not say what was released before, or the releases to
-                come would not compose with it.
+                come would not compose with it, or there were others meanwhile.
         """
+        if self.releases:
+            raise ConfigError(
+                f"resume: {self.releases} private gradients were released before the state was "
+                "loaded, which does not count them; load it before the first step, and let an "
+                "algorithm take its first gradient in step, not in init"
+            )
         if not {"history", "facts"} <= state.keys():
             raise ConfigError(
                 "resume: the checkpoint has no history of private releases, so that nobody knows "

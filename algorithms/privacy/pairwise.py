@@ -28,7 +28,7 @@ from gossamer.topologies import Topology
 __all__ = ["PairwiseNoise", "alone_multipliers", "partners"]
 
 _MOST_RANKS = 256
-"""Beyond, what one rank can learn is not computed, and not stated."""
+"""Beyond, what one rank can learn is not computed."""
 
 Partners = tuple[tuple[int, ...], ...]
 """Per rank, the ranks it shares noise with, ascending."""
@@ -180,9 +180,15 @@ class PairwiseNoise(SecretNoise):
         return [a + b for a, b in zip(own, added, strict=True)], mean
 
     @property
-    def knows_against_one(self) -> bool:
-        """Say whether there are few enough ranks for ``against_one``."""
-        return len(self.pairs) <= _MOST_RANKS
+    def unknown_against_one(self) -> str | None:
+        """Why ``against_one`` is not to be called; None where it is."""
+        n = len(self.pairs)
+        if n <= _MOST_RANKS:
+            return None
+        return (
+            f"not computed: it takes time of order n^4, too long for n = {n} ranks (up to "
+            f"{_MOST_RANKS} are done); at most epsilon, which counts a rank's own noise alone"
+        )
 
     def against_one(self, own: float) -> list[float]:
         """Return each rank's noise multiplier against any one other rank, where it has ``own``."""

@@ -39,7 +39,8 @@ class PublicData(OracleWrapper):
 
     P and Q are disjoint; epsilon, delta, rate and the expected batch are those of Q. Outermost, or
     below a filter, which then filters both kinds of gradients and starts anew at the switch. Under
-    ``dpmd`` keep filters inside: the noise changes from step to step, which none outside expects.
+    ``dpmd`` keep filters of correlated noise inside: its size changes from step to step, which none
+    outside expects.
 
     A public step costs a gradient of the oracle inside ``dp``; the batch that was drawn from Q for
     this step is not looked at. Under ``patience`` all ranks exchange two numbers an evaluation.

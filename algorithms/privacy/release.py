@@ -23,7 +23,6 @@ class Release:
     privacy covers: whoever gets a Release calls one of the two before the oracle's next call.
 
     Attributes:
-        comm: the ranks.
         layout: of a row.
         sums: (local, d), clipped sums.
         noise: per row the directions of its noise, as ``runtime.perturb.release_`` takes them.
@@ -34,7 +33,6 @@ class Release:
         raw: (local, d), gets the noisy sum before the filter; None: it is not kept.
     """
 
-    comm: Communicator
     layout: RowLayout
     sums: Tensor = field(repr=False)  # nobody's to see, as are the keys in noise
     noise: Sequence[Sequence[tuple[int, Probe]]] = field(repr=False)
@@ -57,9 +55,9 @@ class Release:
         assert not self.kept, "one filter at most"
         return replace(self, weight=weight, kept=kept, out=out, raw=raw)
 
-    def mean(self) -> Tensor | Directions:
+    def mean(self, comm: Communicator) -> Tensor | Directions:
         """Return the mean of the rows over ranks, (1, d); one rank's own is not written yet."""
-        return self if self.comm.n == 1 else self.comm.all_reduce(self.dense(), "mean")
+        return self if comm.n == 1 else comm.all_reduce(self.dense(), "mean")
 
     def columns(self, begin: int, end: int) -> Tensor:
         """Return columns begin..end of ``dense``."""

@@ -48,7 +48,8 @@ class PrivacyStatement:
         ranks: n.
         epsilon_per_rank: where ranks answer each for their own examples (``local``,
             ``pairwise``) and differ; ``epsilon`` is then the largest.
-        epsilon_against_one_rank: under ``pairwise``, against a rank that colludes with no other.
+        epsilon_against_one_rank: under ``pairwise``, against a rank that colludes with no other;
+            text: why it was not computed.
         sends: what leaves a rank in a step, in words.
         segments: what was accounted for, as (noise_multiplier, rate, steps); shown where it is not
             the run's own figures.
@@ -76,7 +77,7 @@ class PrivacyStatement:
     epsilon_target: float | None = None
     ranks: int = 1
     epsilon_per_rank: tuple[float, ...] = ()
-    epsilon_against_one_rank: float | None = None
+    epsilon_against_one_rank: float | str | None = None
     sends: str = "what its algorithm exchanges"
     segments: tuple[tuple[float, float, int], ...] = ()
     filter: Mapping[str, Any] | None = None
@@ -202,11 +203,7 @@ class PrivacyStatement:
             "reservations": list(self.reservations),
             epsilon_key: _spelled(self.epsilon),
             f"{epsilon_key}_per_rank": [_spelled(e) for e in self.epsilon_per_rank] or None,
-            f"{epsilon_key}_against_one_rank": (
-                None
-                if self.epsilon_against_one_rank is None
-                else _spelled(self.epsilon_against_one_rank)
-            ),
+            f"{epsilon_key}_against_one_rank": _spelled(self.epsilon_against_one_rank),
             "epsilon_target": self.epsilon_target,
             "delta": self.delta,
             "accountant": self.accountant,
@@ -237,6 +234,6 @@ class PrivacyStatement:
         return {heading: value for heading, value in shown.items() if value is not None}
 
 
-def _spelled(epsilon: float) -> float | str:
+def _spelled(epsilon: float | str | None) -> float | str | None:
     # Strict JSON has no infinity, and null would read as nothing spent.
     return "infinite" if epsilon == float("inf") else epsilon

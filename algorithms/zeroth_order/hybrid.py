@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gossamer.algorithms.problems import Loss
 from gossamer.algorithms.protocols import Directions
 from gossamer.algorithms.zeroth_order.probes import Probes
-from gossamer.runtime import ConfigError, RowLayout, combine
+from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
 from gossamer.runtime.errors import nearest
 from gossamer.runtime.rows import Slice, empty_rows
 
@@ -103,10 +103,10 @@ class Hybrid:
     part: FirstOrderPart
     rows: Tensor
 
-    def mean(self) -> Hybrid | None:
+    def mean(self, comm: Communicator) -> Hybrid | None:
         """Return the mean over ranks: numbers for the directions, and the other tensors' rows."""
-        rows = self.probes.comm.all_reduce(self.rows, "mean")
-        probes = self.probes.mean()
+        rows = comm.all_reduce(self.rows, "mean")
+        probes = self.probes.mean(comm)
         if probes is None:
             return None
         return replace(self, probes=probes, rows=rows.expand_as(self.rows))

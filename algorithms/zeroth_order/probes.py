@@ -54,13 +54,12 @@ class Probes:
     distribution: Distribution = "normal"
     mask: Mask | None = None
 
-    def mean(self) -> Probes | None:
+    def mean(self, comm: Communicator) -> Probes | None:
         """Return the mean over ranks; None where some rank's numbers are not finite.
 
         What is exchanged is one float64 per direction. Coefficients of one direction are added in
         ascending rank, so every rank has the same bits.
         """
-        comm = self.comm
         table = comm.all_gather(self.coefficients.to(comm.device)).cpu()
         if not bool(table.isfinite().all()):
             return None

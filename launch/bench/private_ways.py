@@ -143,7 +143,7 @@ def _ours(way: str, module: nn.Module, model: PrivateModel, comm: Communicator) 
     program = TrainingProgram(own, problem, oracle, AllReduce(optimizer=SGD(lr=_LR))).start()
 
     def step(inputs: Inputs) -> None:
-        program.algorithm.step(own, oracle, program.state, [[Batch(inputs)]])
+        program.algorithm.step(own, oracle, program.state, [[Batch(inputs, drawn=(own.step, 0))]])
         own.step += 1
 
     return Step(step, lambda: program.layout.values(program.state.x[0]))

@@ -172,20 +172,23 @@ def test_the_error_of_disk_follows_its_recursion_wherever_x_goes(kappa, gamma, o
         noise.append(w)
         found = estimate.grad - torch.from_numpy(CURVATURE) * x
         torch.testing.assert_close(found, error, rtol=0, atol=1e-10)
-        gain = oracle.variance_gain(len(noise) - 1)
+        gain = disk_gain(kappa, len(noise) - 1)
         assert estimate.origin.noise_var == pytest.approx(0.09 * gain, rel=1e-12)
         assert estimate.mean_origin.noise_var == pytest.approx(0.045 * gain, rel=1e-12)
 
     Run(oracle, optimizer).steps(60, watch)
 
 
-def test_the_variance_of_disk_has_its_closed_form():
-    disk, variance = Disk(inner=Quadratic(), kappa=0.3), 1.0
-    for t in range(20):
-        assert disk.variance_gain(t) == pytest.approx(variance, rel=1e-12)
-        variance = 0.49 * variance + 0.09
-    found = [disk.variance_gain(t) for t in (1, 3, 1000)]
-    np.testing.assert_allclose(found, [0.580, 0.2734, 0.17647], atol=5e-5)
+def disk_gain(kappa, t):
+    """Variance of e_t over that of white noise w, in closed form."""
+    limit = kappa / (2 - kappa)
+    return (1 - kappa) ** (2 * t) * (1 - limit) + limit
+
+
+def test_the_variance_of_disk_has_the_figures_of_the_closed_form():
+    found = gradients(Disk(inner=Quadratic(noise=1.0), kappa=0.3), SGD(lr=0.1), 101)
+    shares = [found[t].origin.noise_var for t in (1, 3, 100)]
+    np.testing.assert_allclose(shares, [0.580, 0.2734, 0.17647], atol=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The private oracle: sums, noise, sampling, accounting, and what it refuses."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +15,7 @@ from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.privacy import clipping
+from gossamer.algorithms.privacy.adaptive import shared_noise
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
 from gossamer.algorithms.privacy.dp import DP
@@ -196,10 +200,40 @@ def test_epsilon_reaches_its_target_at_the_last_step():
 
 def test_two_gradients_of_one_batch_are_refused():
     made = program(noise_multiplier=1.0)
-    batch = made._batches()[0]
-    made.oracle(made.state.x, batch)
+    made.oracle(made.state.x, made._batches()[0])
+    with pytest.raises(ConfigError, match=r"two gradients of one batch.*draw 0 of step 0 after"):
+        made.oracle(made.state.x, made._batches()[0])  # drawn again: other objects, same examples
+    made.comm.step += 1
+    made.oracle(made.state.x, made._batches()[0])
+
+
+class Eager(AllReduce):
+    """Takes its first gradient in init, of the batch that step 0 is given again."""
+
+    def init(self, comm, oracle, x, batches):
+        oracle(x, batches[0])
+        return super().init(comm, oracle, x, batches)
+
+
+def test_the_batch_of_init_is_not_taken_again_by_the_first_step():
+    made = program(noise_multiplier=1.0, algorithm=Eager(optimizer=SGD(lr=0.5)))
     with pytest.raises(ConfigError, match="two gradients of one batch"):
-        made.oracle(made.state.x, batch)
+        made.step()
+
+
+def test_a_gradient_before_the_state_is_loaded_is_not_left_uncounted():
+    full = {"noise_multiplier": 1.0, "delta": 1e-4, "backprop": {"sampling": "full"}}
+    tensors, scalars = run(program(**full), 2).snapshot()
+    resumed = program(algorithm=Eager(optimizer=SGD(lr=0.5)), **full)
+    with pytest.raises(ConfigError, match="1 private gradients were released before the state"):
+        resumed.restore(tensors, scalars)
+
+
+def test_a_batch_put_together_by_hand_is_refused():
+    made = program(noise_multiplier=1.0)
+    by_hand = [Batch(made.problem.train[torch.arange(5)])]
+    with pytest.raises(ConfigError, match="counts batches by the coins that drew them"):
+        made.oracle(made.state.x, by_hand)
 
 
 @pytest.mark.parametrize("clip", ["flat", "adaptive"])
@@ -328,6 +362,26 @@ def test_a_checkpoint_without_history_is_refused():
     bare = {k: v for k, v in tensors.items() if "history" not in k}
     with pytest.raises(ConfigError, match="no history of private releases"):
         made.restore(bare, scalars)
+
+
+@pytest.mark.parametrize("around", [partial(Doppler, beta=0.8), partial(Disk, kappa=0.4)])
+def test_behind_a_filter_the_noise_of_every_former_clip_norm_is_known(around):
+    made = program(noise_multiplier=1.0, clip="adaptive", clip_norm=20.0,
+                   around=lambda oracle: around(inner=oracle))  # fmt: skip
+    dp, whites, outputs = made.oracle.inner, [], []
+    sigma, _ = shared_noise(1.0, 60)
+    for _ in range(12):
+        whites.append((sigma * dp._clip.norm / 60) ** 2)
+        outputs.append(made.oracle(made.state.x, made._batches()[0]).mean_origin.noise_var)
+        made.comm.step += 1
+    assert whites[-1] < whites[0] / 4  # C moves by a tenth a step
+    keep = 0.8 if "beta" in around.keywords else 0.6
+    weights = np.tril((1 - keep) * keep ** (np.arange(12)[:, None] - np.arange(12)).clip(0))
+    if "beta" in around.keywords:
+        weights /= weights.sum(1, keepdims=True)  # bias correction
+    else:
+        weights[:, 0] /= 1 - keep  # g_0 is the plain gradient
+    np.testing.assert_allclose(outputs, weights**2 @ whites, rtol=1e-9)
 
 
 def test_adaptive_clipping_finds_the_quantile():

@@ -235,6 +235,14 @@ def test_epsilon_counts_own_noise_alone_and_one_rank_learns_less():
     assert "epsilon_if_secret_against_one_rank" not in local
 
 
+def test_the_statement_says_why_what_one_rank_learns_was_not_computed(monkeypatch):
+    monkeypatch.setattr("gossamer.algorithms.privacy.pairwise._MOST_RANKS", 3)
+    made = run(program(4, noise_multiplier=1.0, algorithm=DNASA(), **PAIRWISE), 1)
+    said = made.oracle.statement()["privacy"]["epsilon_if_secret_against_one_rank"]
+    assert said.startswith("not computed: ")
+    assert "n = 4 ranks (up to 3 are done); at most epsilon" in said
+
+
 def test_each_rank_has_its_epsilon_where_shards_differ(monkeypatch):
     task = problem(4, 203)
     task.shards = tuple(np.split(np.arange(203), [60, 120, 160]))

@@ -51,7 +51,7 @@ def make(stack="doppler", algorithm="all-reduce", n=1, **dp):
     return TrainingProgram(comm, problem(n, hidden=7), oracle, ALGORITHMS[algorithm]()).start()
 
 
-def written_at_once(comm, layout, sums, noise, factors, out):
+def written_at_once(layout, sums, noise, factors, out):
     """The rows of a Release, pass by pass: what it stands for."""
     for row, terms in zip(sums, noise, strict=True):
         for seed, p in terms:
@@ -145,10 +145,3 @@ def test_what_is_added_is_what_the_rows_are(first):
         estimate.grad.dense()
     assert torch.equal(estimate.grad.add_to_(x, -0.3), expected)
     assert torch.equal(estimate.grad.dense(), expected_rows)
-
-
-def test_the_mean_is_that_of_the_rows_over_ranks():
-    _, estimate = a_release()
-    mean = estimate.grad.mean()
-    assert mean.shape == (1, estimate.grad.sums.shape[1])
-    torch.testing.assert_close(mean[0], estimate.grad.dense().mean(0))

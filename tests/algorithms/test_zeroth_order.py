@@ -104,6 +104,10 @@ def estimate_at(run, x=None):
     return run.oracle.deferred(x, batches[0]), batches[0]
 
 
+def mean_of(run):
+    return estimate_at(run)[0].mean(run.comm)
+
+
 def full(**options):
     return ZerothOrder(sampling="full", **options)
 
@@ -319,7 +323,7 @@ def test_unequal_shards_weigh_by_their_examples():
     whole = network(dtype=torch.float64)
     uneven = replace(whole, shards=(np.arange(8), np.arange(8, N)), objective="examples")
     found = [
-        estimate_at(program(problem, full(), n=n))[0].grad.mean().coefficients[0].item()
+        mean_of(program(problem, full(), n=n)).coefficients[0].item()
         for problem, n in ((network(dtype=torch.float64), 1), (uneven, 2))
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-9)
@@ -384,7 +388,7 @@ def test_an_update_in_parts_is_the_update_of_whole_rows(optimizer, monkeypatch):
     advance(rows[0], 4)
     for _ in range(4):
         run = rows[1]
-        mean = estimate_at(run)[0].grad.mean().dense()
+        mean = estimate_at(run)[0].grad.mean(run.comm).dense()
         optimizer.update_(run.state.optimizer, run.state.x, mean, run.comm)
         run.comm.step += 1
     assert torch.allclose(rows[0].state.x, rows[1].state.x, rtol=0, atol=1e-6)
@@ -663,7 +667,7 @@ def test_the_last_layers_can_have_their_gradient_by_backpropagation(n):
     assert torch.equal(found.columns(3, layout.d), dense[:, 3:])
     x = run.state.x.clone()
     assert torch.allclose(found.add_to_(x, -0.1), run.state.x - 0.1 * dense, atol=1e-15)
-    assert torch.allclose(found.mean().dense()[0], dense.mean(0), atol=1e-15)
+    assert torch.allclose(found.mean(run.comm).dense()[0], dense.mean(0), atol=1e-15)
     assert all(p.requires_grad for p in run.problem.module.parameters())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.launch.config import load_yaml
+from gossamer.launch.config_file import load_yaml
 from gossamer.launch.reproduce.simulation import Laboratory, Simulation
 from gossamer.launch.run import variants_of
 

@@ -1,19 +1,23 @@
-"""A loop of one's own with a privacy block, on four processes."""
+"""A loop of one's own with a privacy block, on four processes of torchrun or mpirun."""
 
-import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("opacus")
 
 WORKER = """
-import torch, gossamer
+import sys, torch, gossamer
 from torch import nn
-from gossamer.runtime import ConfigError
+from gossamer.algorithms.privacy.noise import SecretNoise
+from gossamer.runtime import Communicator, ConfigError, StackedTransport, combine
+from gossamer.topologies import build
 
-comm = gossamer.init(topology="ring", timeout_s=60)
+comm = gossamer.init(topology="ring", transport=sys.argv[1], timeout_s=60)
+assert comm.transport.name == sys.argv[2], comm.transport.name
 rank, n, clip, size = comm.ranks[0], comm.n, 0.5, 8
 block = {"examples": 80, "sample_rate": 0.1, "sampler": "poisson", "clip_norm": clip}
 gossip = {"name": "dsgd", "order": "cta"}  # W x - g: after the first step a rank shows its own g
@@ -62,6 +66,20 @@ for algorithm in ("all-reduce", gossip):
         assert (torch.corrcoef(rows) - torch.eye(n)).abs().max() < 0.05
         assert (said["noise_mode"], said["examples"]) == ("local", 80)
 
+# Of a batch without examples only noise is left: that of the same seed and ranks in one process.
+model, optimizer = attached("all-reduce", 2.0, noise_seed=3)
+with torch.no_grad():
+    for p in model.parameters():
+        p.zero_()
+optimizer.step()
+together = Communicator(build("ring", n), StackedTransport())
+layout = optimizer.gossamer.parts[0].layout
+source = SecretNoise("split", together, 3)
+rows = together.alloc(layout.d, torch.float32)
+source.add_(rows, layout, 0, source.scales(2.0 * clip))
+mean = together.all_reduce(combine([(1 / size, rows)]), "mean")[0]
+assert torch.equal(flat(model), -layout.values(mean))
+
 for algorithm, noise, more, words in (
     (gossip, 2.0, {"noise_mode": "split"}, "use local"),
     ("all-reduce", 1.0 + rank, {}, "noise_multiplier differs between ranks"),
@@ -77,15 +95,29 @@ print("good", rank)
 """
 
 
-@pytest.mark.slow
-def test_sums_and_noise_of_four_ranks_are_those_of_the_mode(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
+def torchrun() -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "worker.py"]
+    return [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+
+
+def mpirun() -> list[str]:
+    program = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or "mpirun"
+    return [program, "-n", "4", sys.executable]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "asked", "transport"),
+    [(torchrun, "auto", "native"), (mpirun, "auto", "native"), (mpirun, "mpi", "mpi")],
+)
+def test_sums_and_noise_of_four_ranks_are_those_of_the_mode(
+    launcher, asked, transport, launch_environment, tmp_path
+):
+    (tmp_path / "worker.py").write_text(WORKER)
     done = subprocess.run(
-        command,
+        [*launcher(), "worker.py", asked, transport],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=launch_environment,
         capture_output=True,
         text=True,
         timeout=250,

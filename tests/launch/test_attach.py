@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import gossamer
+from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.runtime import Communicator, ConfigError, StackedTransport
 from gossamer.topologies import build
 
@@ -228,6 +229,11 @@ def test_an_algorithm_that_needs_other_points_says_so(alone):
     gossamer.attach(model, optimizer, {"name": "d-nasa", "grad_point": "half"}, comm=alone)
     with pytest.raises(ConfigError, match="gradients at other points"):
         train(model, optimizer, steps=1)
+
+
+def test_an_algorithm_that_takes_no_rows_is_refused(alone, monkeypatch):
+    monkeypatch.setattr(DSGD, "takes", frozenset({"directions"}))
+    refused("backward gives row, of which dsgd can make no step", alone)
 
 
 BATTERY = """

@@ -280,6 +280,14 @@ def test_batches_drawn_by_secret_coins_have_the_rate_and_stay_until_the_step():
         moved(model, optimizer, pictures(161))
 
 
+def test_a_loop_does_not_go_back_and_release_the_same_noise_over_other_batches():
+    model, optimizer = attached({**BLOCK, "noise_multiplier": 1.0})
+    saved = copy.deepcopy(optimizer.gossamer.state_dict())
+    moved(model, optimizer, pictures(seed=0))
+    with pytest.raises(ConfigError, match="1 private gradients were released before the state"):
+        optimizer.gossamer.load_state_dict(saved, same_batches=True)
+
+
 def test_a_resumed_run_has_the_same_history_and_the_same_noise_only_when_asked():
     block = {**BLOCK, "noise_multiplier": 1.0}
     model, optimizer = attached(block)

@@ -163,6 +163,17 @@ def test_all_reduce_takes_an_oracle_that_has_no_objective_to_choose():
     Experiment(resolve(changed(algorithm={"name": "all-reduce"}) | {"oracle": oracle}), 2)
 
 
+def test_an_oracle_whose_gradients_the_algorithm_does_not_take_is_refused(refused, tmp_path):
+    (tmp_path / "scalars.py").write_text(
+        "from gossamer.algorithms.oracles.backprop import Backprop\n"
+        "class Scalars(Backprop):\n    name: str = 'scalars'\n    form = 'directions'\n"
+    )
+    refused(
+        changed(oracle={"name": "scalars:Scalars"}),
+        ["oracle: scalars gives directions", "dsgd", "it takes row", "use another oracle"],
+    )
+
+
 def test_several_oracles_that_do_not_stack_are_refused(refused):
     refused(BASE | {"oracle": ["backprop", "backprop"]}, ["oracle"])
 

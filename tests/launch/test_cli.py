@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import gossamer
-from gossamer.launch.config import apply_overrides
+from gossamer.launch.config_file import apply_overrides
 from gossamer.runtime.errors import ConfigError
 
 

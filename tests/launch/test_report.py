@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gossamer.launch.cli import app
 from gossamer.launch.recorder import Recorder, to_json
-from gossamer.launch.report import finish, write_report
+from gossamer.launch.report import finish, print_table, write_report
 from gossamer.launch.report_charts import charts_of, draw_chart, run_colors
 from gossamer.launch.report_page import render_page
 from gossamer.launch.report_runs import format_value, read_runs, table_row
@@ -180,6 +180,22 @@ def test_private_runs_state_their_privacy(tmp_path):
         assert words in privacy
     assert [table_row(run)["epsilon"] for run in runs] == [3.98, None, None]
     assert "<h2>Privacy</h2>" not in render_page(runs[2:], "one")
+
+
+def test_the_terminal_states_what_the_page_does(tmp_path, capsys):
+    said = {"private": True, "epsilon": 3.98, "trust": "one [rank] holds all", "clip": "auto-s"}
+    public = {"private_examples": 90, "covers": "epsilon refers to the private examples"}
+    runs = [
+        synthetic_run(tmp_path / "a", [], {"privacy": said, "public_data": public}),
+        synthetic_run(tmp_path / "b", []),
+    ]
+    print_table(runs)
+    shown, page = capsys.readouterr().out, render_page(runs, "two")
+    for words in ("3.98", "one [rank] holds all", "auto-s", "epsilon refers to the private"):
+        assert words in shown
+        assert words in page
+    print_table(runs[1:])
+    assert "privacy" not in capsys.readouterr().out
 
 
 def test_a_page_about_long_runs_stays_small(tmp_path):

@@ -1,11 +1,13 @@
 """Filters around an oracle in a run: restarts, resumes, what is refused and what is said."""
 
 import logging
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import PrivateAttr
-from quadratic_for_tests import STACKS, Quadratic, Run, given_rows, gradients, random_rows
+from quadratic_for_tests import STACKS, D, Given, Quadratic, Run, given_rows, gradients, random_rows
 from torch import nn
 
 from gossamer.algorithms.optimizers.sgd import SGD
@@ -155,6 +157,42 @@ def test_unknown_noise_stays_unknown_and_none_none():
         for estimate in gradients(Doppler(inner=oracle), SGD(lr=0.1), 3):
             assert estimate.origin == estimate.mean_origin == known
     assert gradients(given_rows(random_rows(3)), SGD(lr=0.1), 1)[0].origin.noise_var == 1
+
+
+class Changing(Given):
+    """Gradients given beforehand whose noise has another variance at every call and rank."""
+
+    variances: Any = None
+
+    def __call__(self, x, batch, **ignored):
+        found, now = super().__call__(x, batch), self.variances[self._comm.step]
+        origins = Origin(now[:, None]), Origin(float(now.mean()))
+        return Estimate(found.loss, found.grad, found.weight, *origins)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_noise_that_changes_from_call_to_call_has_the_variance_of_the_convolution(stack):
+    steps, stated = 30, []
+    variances = torch.from_numpy(np.random.default_rng(0).uniform(0.1, 4.0, (steps, 2)))
+    impulses = torch.eye(D, dtype=torch.float64)[:steps, None].expand(-1, 2, -1)
+
+    def run():
+        inner = Changing(gradients=impulses, variances=variances)
+        return Run(STACKS[stack](inner=inner), SGD(lr=1e-40))
+
+    def watch(x, estimate):
+        stated.append((estimate.grad[0].numpy().copy(), estimate.origin, estimate.mean_origin))
+
+    half, resumed = run().steps(11, watch), run()
+    resumed.oracle.load_state_dict({k: v.clone() for k, v in half.oracle.state_dict().items()})
+    resumed.comm.step = 11
+    resumed.steps(steps - 11, watch)
+    weights = np.stack([grad for grad, *_ in stated])[:, :steps]
+    expected = np.square(weights) @ variances.numpy()
+    rows = np.stack([origin.noise_var[:, 0] for _, origin, _ in stated])
+    means = [mean.noise_var for *_, mean in stated]
+    np.testing.assert_allclose(rows, expected, rtol=1e-9)
+    np.testing.assert_allclose(means, expected.mean(1), rtol=1e-9)
 
 
 class Named(OracleWrapper):

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import signal
 
-from gossamer.algorithms.privacy.filters import (
+from gossamer.algorithms.privacy.filter_coefficients import (
     Coefficients,
     bilinear,
     butter2,

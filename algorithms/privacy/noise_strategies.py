@@ -1,11 +1,11 @@
-"""Correlated noise for DP training: BandMF and the square-root Toeplitz mechanism.
+"""Strategies of correlated noise, as numbers: BandMF and the square-root Toeplitz mechanism.
 
 The noise of the clipped sums is K^-1 Z: row t goes to step t, Z is white, K the strategy, a lower
 triangular Toeplitz matrix given by its first column ``k`` (bands,). What a step adds, later steps
 partly take back, so that the sum of all gradients, which SGD follows, carries less noise
-(arXiv:2306.08153, arXiv:2405.15913). The rows of Z have standard deviation
-noise_multiplier * C * sqrt(sensitivity_squared), accounted for by ``amplified_history`` or
-``joint_history``.
+(arXiv:2306.08153, arXiv:2405.15913). The rows of Z have standard deviation noise_multiplier * C *
+|k|: an example takes part in steps ``bands`` apart or more, so that the columns of K it moves do
+not overlap, and ``amplified_history`` is what to account for.
 """
 
 from __future__ import annotations
@@ -30,10 +30,6 @@ __all__ = [
     "amplified_history",
     "banded",
     "inverse_coefficients",
-    "joint_history",
-    "max_error",
-    "mean_error",
-    "sensitivity_squared",
     "sqrt_toeplitz",
 ]
 
@@ -56,10 +52,11 @@ def sqrt_toeplitz(steps: int) -> Coefficients:
 
 
 def banded(steps: int, bands: int) -> Coefficients:
-    """Return the coefficients (bands,) of norm 1 with the least ``mean_error`` over ``steps``.
+    """Return the coefficients (bands,) of norm 1 with the least mean error over ``steps``.
 
-    Found by L-BFGS from the truncated ``sqrt_toeplitz``, with the exact gradient; one evaluation
-    costs O(steps * bands). One band is independent noise.
+    The error of step t is the variance of the noise in the sum of the gradients so far, |row t of
+    A K^-1|^2 with A the prefix-sum matrix. Found by L-BFGS from the truncated ``sqrt_toeplitz``,
+    with the exact gradient; one evaluation costs O(steps * bands). One band is independent noise.
 
     Args:
         steps: of the run, T.
@@ -74,7 +71,7 @@ def banded(steps: int, bands: int) -> Coefficients:
     def objective(tail: Coefficients) -> tuple[float, Coefficients]:
         # k_0 = 1 fixes the scale: |k|^2 * mean error doesn't depend on it.
         k = np.concatenate([[1.0], tail])
-        sums = _prefix_sums(k, steps)
+        sums = np.asarray(lfilter([1.0], k, np.ones(steps)), np.float64)  # A K^-1's first column
         error, square = float(weights @ sums**2), float(k @ k)
         # K c = 1 moves by K dc = -dK c, so that the gradient needs one solve with K transposed.
         adjoint = lfilter([1.0], k, (weights * sums)[::-1])[::-1]
@@ -98,32 +95,6 @@ def inverse_coefficients(coefficients: ArrayLike, steps: int) -> Coefficients:
 
 
 # --- privacy --------------------------------------------------------------------------------
-
-
-def sensitivity_squared(coefficients: ArrayLike, participations: int, min_separation: int) -> float:
-    """Return the squared sensitivity of K times the clipped sums, for C = 1.
-
-    An example that takes part p times, always ``min_separation`` steps apart or more, moves p
-    columns of K that don't overlap: p |k|^2. Where they overlap this would be too small (13.8 are
-    needed for 7.8 with the full square root over 16 steps, every fourth), so that is refused.
-
-    Args:
-        coefficients: (bands,); zeros at the end don't count as bands.
-        participations: how often an example takes part at most, p.
-        min_separation: least difference between two steps an example takes part in; of no
-            importance with one participation.
-
-    Raises:
-        ConfigError: participations can be closer than the bands.
-    """
-    k = _strategy(coefficients)
-    _check_count("participations", participations, participations)
-    if participations > 1 and min_separation < len(k):
-        raise ConfigError(
-            f"bands: {len(k)} bands need an example's participations {len(k)} steps apart, they "
-            f"are {min_separation}; use {max(min_separation, 1)} bands or fewer"
-        )
-    return participations * float(k @ k)
 
 
 def amplified_history(
@@ -151,32 +122,6 @@ def amplified_history(
             f"probability {block_rate:g}; use {max(1, math.floor(1 / rate))} bands or fewer"
         )
     return (Segment(noise_multiplier, min(block_rate, 1.0), -(-steps // bands)),)
-
-
-def joint_history(noise_multiplier: float) -> tuple[Segment, ...]:
-    """Return what to account for without sampling: all steps are one Gaussian mechanism.
-
-    Args:
-        noise_multiplier: standard deviation of Z over C sqrt(``sensitivity_squared``) for all
-            participations.
-    """
-    return (Segment(noise_multiplier, 1.0, 1),)
-
-
-# --- utility --------------------------------------------------------------------------------
-
-
-def max_error(coefficients: ArrayLike, steps: int) -> float:
-    """Return the largest variance of a prefix sum of the noise: max_t |row t of A K^-1|^2.
-
-    For Z of variance 1; times ``sensitivity_squared`` it compares strategies at equal privacy.
-    """
-    return float(np.sum(_prefix_sums(_strategy(coefficients), steps) ** 2))
-
-
-def mean_error(coefficients: ArrayLike, steps: int) -> float:
-    """Return the mean over steps of what ``max_error`` is the maximum of."""
-    return float(np.mean(np.cumsum(_prefix_sums(_strategy(coefficients), steps) ** 2)))
 
 
 class StreamingNoise:
@@ -233,11 +178,6 @@ class StreamingNoise:
 
 
 # --- shared ---------------------------------------------------------------------------------
-
-
-def _prefix_sums(k: Coefficients, steps: int) -> Coefficients:
-    """Return the first column of A K^-1, (steps,)."""
-    return np.asarray(lfilter([1.0], k, np.ones(steps)), np.float64)
 
 
 def _strategy(coefficients: ArrayLike | Sequence[float]) -> Coefficients:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["Coefficients", "Response", "bilinear", "butter2", "cheby_default", "ema", "none"]
 
@@ -154,32 +155,43 @@ class Coefficients:
 
 
 class Response:
-    """c_t and rho_t of a filter, one t after the other.
+    """c_t of a filter, and the variance of noise behind it, one t after the other.
+
+    A filter of order p keeps p numbers s_1 .. s_p, at first 0: m_t = b_0 u_t + s_1, and then s_k
+    becomes b_k u_t - a_k m_t + s_{k+1}. Independent noise in u_t makes the covariance of the new s
+    from that of the old one.
 
     Attributes:
         c: c_t, c_{t-1}, ... back to c_{t-na}, as far as there are any; empty before ``advance``.
+        covariance: of the noise in s after t, (*shape, p, p) float64.
     """
 
-    def __init__(self, coefficients: Coefficients) -> None:
-        """Start before t = 0."""
-        self._coefficients = coefficients
-        self._t = -1
-        self._h: deque[float] = deque(maxlen=max(1, len(coefficients.a)))
-        self._squares = 0.0
-        self.c: deque[float] = deque(maxlen=len(coefficients.a) + 1)
+    def __init__(self, coefficients: Coefficients, shape: tuple[int, ...] = (), t: int = 0) -> None:
+        """Start before t, with no noise so far; ``shape``: of the variances."""
+        order, a, b = coefficients.order, coefficients.a, coefficients.b
+        self._coefficients, self._t = coefficients, t - 1
+        self._a = np.pad(np.array(a), (0, order - len(a)))
+        self._b = np.pad(np.array(b[1:]), (0, order + 1 - len(b))) - b[0] * self._a
+        self.covariance = np.zeros((*shape, order, order))
+        self.c = deque(coefficients.gains(t)[::-1].tolist()[: len(a) + 1], maxlen=len(a) + 1)
 
-    def advance(self) -> float:
-        """Move on to the next t and return its rho_t."""
+    def advance(self, white: ArrayLike = 1.0) -> NDArray[np.float64]:
+        """Move on to the next t and return Var y_t; ``white``: Phi_t, of ``shape``."""
         a, b = self._coefficients.a, self._coefficients.b
         self._t += 1
-        h = b[self._t] if self._t < len(b) else 0.0
-        h -= sum(weight * old for weight, old in zip(a, self._h, strict=False))
         c = sum(b[: self._t + 1])
         c -= sum(weight * old for weight, old in zip(a, self.c, strict=False))
-        self._h.appendleft(h)
         self.c.appendleft(c)
-        self._squares += h * h
-        return self._squares / (c * c)
+        phi = np.asarray(white, np.float64)
+        variance = b[0] * b[0] * phi
+        if len(self._a):
+            variance = variance + self.covariance[..., 0, 0]
+            rows = -self._a[:, None] * self.covariance[..., :1, :]
+            rows[..., :-1, :] += self.covariance[..., 1:, :]
+            moved = phi[..., None, None] * np.outer(self._b, self._b) - rows[..., :1] * self._a
+            moved[..., :-1] += rows[..., 1:]
+            self.covariance = moved
+        return np.asarray(variance / (c * c))
 
 
 def none() -> Coefficients:

@@ -1,5 +1,7 @@
 """Correlated noise in a run: the noise itself, its sampling, its accounting and its resumes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,9 @@ from gossamer.algorithms.optimizers.adam_bc import AdamBC
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.privacy.accounting import Segment
 from gossamer.algorithms.privacy.accounting import spent as epsilon_of
-from gossamer.algorithms.privacy.correlated import banded, inverse_coefficients
 from gossamer.algorithms.privacy.doppler import Doppler
-from gossamer.algorithms.problems import Batch, DataPlan
+from gossamer.algorithms.privacy.noise_strategies import banded, inverse_coefficients
+from gossamer.algorithms.problems import DataPlan
 from gossamer.algorithms.protocols import Estimate, Origin
 from gossamer.algorithms.sampling import Sampler
 from gossamer.algorithms.tasks.arrays import TensorDataset
@@ -276,10 +278,11 @@ def test_what_has_no_known_sensitivity_is_refused(options, message):
 
 def test_an_empty_batch_takes_its_turn_too():
     made = program(correlation=ROOT, noise_multiplier=1.0, backprop=FEW)
-    empty = [Batch(tuple(t[:0] for t in made._batches()[0][0].inputs), None, 0)]
-    made.oracle(made.state.x, empty)
+    drawn = made._batches()[0][0]
+    empty = replace(drawn, inputs=tuple(t[:0] for t in drawn.inputs))
+    made.oracle(made.state.x, [empty])
     with pytest.raises(ConfigError, match="leaves drawn batches out"):
-        made.oracle(made.state.x, [Batch(empty[0].inputs, None, 0)])
+        made.oracle(made.state.x, [replace(empty, drawn=(1, 0))])
 
 
 def test_a_half_precision_model_has_correlated_noise_in_float32():

@@ -1,4 +1,4 @@
-"""What the oracles that filter gradients have in common."""
+"""What the oracles that filter gradients, ``doppler`` and ``disk``, have in common."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pydantic import PrivateAttr, field_validator
 from torch import Tensor
 
 from gossamer.algorithms.oracles.wrapper import OracleWrapper
-from gossamer.algorithms.privacy.correlated import inverse_coefficients
+from gossamer.algorithms.privacy.noise_strategies import inverse_coefficients
 from gossamer.algorithms.privacy.release import Release
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Directions, Estimate, Oracle, Sink
+from gossamer.algorithms.protocols import Directions, Estimate, Oracle, Origin, Sink
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as weighted
 from gossamer.runtime.rows import empty_rows
@@ -32,9 +32,9 @@ _LATE = 4095
 class GradientFilter(OracleWrapper):
     """An oracle that makes one row out of the inner oracle's rows of this call and former ones.
 
-    It counts its calls since it started anew, and scales what is known of the noise by the gain of
-    that call. That gain holds for noise made of white noise of the same variance at every call
-    since the start: independent from call to call, or by the inner oracle's ``noise_strategy``.
+    It counts its calls since it started anew, and says what the noise in its gradient is of what is
+    known of the noise in theirs: independent from call to call, of any variances; or made by the
+    inner oracle's ``noise_strategy`` of white noise of one variance at all of these calls.
     """
 
     _rows: dict[str, list[Tensor]] = PrivateAttr(default_factory=dict)
@@ -96,20 +96,33 @@ class GradientFilter(OracleWrapper):
         """Leave former rows out from here on."""
         self._calls.zero_()
 
-    def _gain(self, t: int, white: float) -> float:
-        """Return by what the noise variance of call t is multiplied; ``white``: if it is white."""
+    def _gain(self, t: int) -> float | None:
+        """Return by what the variance of correlated noise is multiplied in call t; None: of other.
+
+        Where the variance changes with the strategy's row, that of call t is what it multiplies.
+        """
         strategy = self.inner.noise_strategy
         if strategy is None:
-            return white
+            return None
         if self._table[0] != strategy or t >= len(self._table[1]):
             # A power of two, so that a resumed run reads its figures off the same table.
             noise = inverse_coefficients(strategy, max(64, 1 << t.bit_length()))
             self._table = (strategy, self._variances(noise) / np.cumsum(noise**2))
         return float(self._table[1][t])
 
+    @abstractmethod
+    def _spread(self, white: np.ndarray) -> np.ndarray:
+        """Move on to this call, and return the variances of its output, (local, 2) float64.
+
+        Args:
+            white: (local, 2) float64, variances of this call's noise, which is independent of that
+                of other calls: in a rank's row, in the mean over ranks.
+        """
+
     def _rho_inf(self, white: float) -> float:
         """Return what the gain of the noise variance tends to; ``white``: if it is white."""
-        return self._gain(_LATE, white)
+        gain = self._gain(_LATE)
+        return white if gain is None else gain
 
     @abstractmethod
     def _variances(self, noise: np.ndarray) -> np.ndarray:
@@ -165,14 +178,19 @@ class GradientFilter(OracleWrapper):
             raw.copy_(rows)
         return out
 
-    def _filtered(self, estimate: Estimate, grad: Tensor | Directions, gain: float) -> Estimate:
-        """Return the estimate with another gradient, its noise variance times ``gain``."""
-        return replace(
-            estimate,
-            grad=grad,
-            origin=estimate.origin.scaled(gain),
-            mean_origin=estimate.mean_origin.scaled(gain),
-        )
+    def _behind(self, estimate: Estimate) -> Estimate:
+        """Return the inner estimate of this call with what is known of the noise in the output."""
+        origins = (estimate.origin, estimate.mean_origin)
+        white = np.full((len(self._calls), 2), np.nan)  # nan: not known
+        for column, origin in zip(white.T, origins, strict=True):
+            if origin.noise_var is not None:
+                column[:] = np.asarray(origin.noise_var).reshape(-1)
+        spread, gain = self._spread(white), self._gain(self._t)
+        known = [
+            _with_noise(origin, column) if gain is None else origin.scaled(gain)
+            for origin, column in zip(origins, spread.T, strict=True)
+        ]
+        return replace(estimate, origin=known[0], mean_origin=known[1])
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the former rows and the number of calls."""
@@ -184,3 +202,12 @@ class GradientFilter(OracleWrapper):
 
     def _state(self) -> dict[str, Any]:
         return {**self._rows, "calls": self._calls} if self._rows else {}
+
+
+def _with_noise(origin: Origin, variances: np.ndarray) -> Origin:
+    """Return an origin with other variances (local,), spelled as its own: one, or one per rank."""
+    if origin.noise_var is None:
+        return origin
+    if isinstance(origin.noise_var, Tensor):
+        return replace(origin, noise_var=torch.from_numpy(variances.copy())[:, None])
+    return replace(origin, noise_var=float(variances[0]))

@@ -11,16 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import toeplitz
 
-from gossamer.algorithms.privacy.accounting import Segment, spent
-from gossamer.algorithms.privacy.correlated import (
+from gossamer.algorithms.privacy.accounting import Segment
+from gossamer.algorithms.privacy.noise_strategies import (
     StreamingNoise,
     amplified_history,
     banded,
     inverse_coefficients,
-    joint_history,
-    max_error,
-    mean_error,
-    sensitivity_squared,
     sqrt_toeplitz,
 )
 from gossamer.runtime.errors import ConfigError
@@ -42,6 +38,12 @@ def dense(coefficients, steps):
     return toeplitz(column, np.zeros(steps))
 
 
+def errors(coefficients, steps):
+    """Variances of the prefix sums of the noise, |row t of A K^-1|^2, for white noise of 1."""
+    rows = np.tril(np.ones((steps, steps))) @ np.linalg.inv(dense(coefficients, steps))
+    return np.square(rows).sum(axis=1)
+
+
 def streamed(coefficients, z):
     """Feed z (steps, local, d) step by step; returns the noise of each."""
     noise = StreamingNoise(coefficients, z[0])
@@ -54,8 +56,8 @@ def streamed(coefficients, z):
 def test_the_square_root_squares_to_prefix_sums_and_has_the_published_error():
     k = sqrt_toeplitz(T)
     np.testing.assert_allclose(dense(k, T) @ dense(k, T), np.tril(np.ones((T, T))), atol=1e-13)
-    assert sensitivity_squared(k, 1, 1) == pytest.approx(2.38885, abs=5e-6)
-    assert max_error(k, T) == pytest.approx(2.38885, abs=5e-6)
+    assert k @ k == pytest.approx(2.38885, abs=5e-6)
+    assert errors(k, T).max() == pytest.approx(2.38885, abs=5e-6)
 
 
 def test_the_square_roots_inverse_is_its_difference():
@@ -67,41 +69,34 @@ def test_eight_bands_reach_the_published_optimum():
     k = banded(T, 8)
     np.testing.assert_allclose(k, EIGHT, atol=2e-6)
     assert k @ k == pytest.approx(1, rel=1e-14)
-    assert mean_error(k, T) == pytest.approx(7.0968, abs=5e-5)
-    assert max_error(k, T) == pytest.approx(11.882, abs=5e-4)
-    assert sensitivity_squared(k, 8, 8) == pytest.approx(8, rel=1e-14)
+    assert errors(k, T).mean() == pytest.approx(7.0968, abs=5e-5)
+    assert errors(k, T).max() == pytest.approx(11.882, abs=5e-4)
 
 
 def test_one_band_is_independent_noise():
     np.testing.assert_array_equal(banded(T, 1), [1.0])
-    assert mean_error([1.0], T) == 32.5
-    assert max_error([1.0], T) == 64
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 200])
 def test_more_bands_have_less_error(steps):
     bands = sorted({1, min(2, steps), min(5, steps), min(20, steps), steps})
-    errors = [mean_error(banded(steps, b), steps) for b in bands]
-    assert errors == sorted(errors, reverse=True)
+    means = [errors(banded(steps, b), steps).mean() for b in bands]
+    assert means == sorted(means, reverse=True)
 
 
 @pytest.mark.parametrize("bands", [2, 5])
 def test_no_neighbor_of_the_optimum_is_better(bands):
     k = banded(30, bands)
-    least = mean_error(k, 30)
+    least = errors(k, 30).mean()
     for j in range(1, bands):
         for change in (-1e-3, 1e-3):
             other = k.copy()
             other[j] += change
-            assert mean_error(other, 30) * (other @ other) > least
+            assert errors(other, 30).mean() * (other @ other) > least
 
 
 @given(k=strategies, steps=st.integers(1, 20))
-def test_errors_are_those_of_the_dense_matrices(k, steps):
-    rows = np.tril(np.ones((steps, steps))) @ np.linalg.inv(dense(k, steps))
-    variances = (rows**2).sum(axis=1)
-    assert max_error(k, steps) == pytest.approx(variances.max(), rel=1e-9)
-    assert mean_error(k, steps) == pytest.approx(variances.mean(), rel=1e-9)
+def test_the_inverse_is_that_of_the_dense_matrix(k, steps):
     np.testing.assert_allclose(
         inverse_coefficients(k, steps), np.linalg.inv(dense(k, steps))[:, 0], atol=1e-9
     )
@@ -111,27 +106,15 @@ def test_errors_are_those_of_the_dense_matrices(k, steps):
 
 
 @pytest.mark.parametrize("bands", [1, 2, 4])
-def test_sensitivity_is_that_of_the_worst_participation(bands):
+def test_participations_the_bands_apart_cost_the_norm_of_a_column_each(bands):
     steps = 12
-    k = banded(steps, bands)
-    columns = dense(k, steps)
+    columns = dense(banded(steps, bands), steps)
     worst = max(
         np.square(columns[:, list(taken)].sum(axis=1)).sum()
-        for count in range(1, 4)
-        for taken in combinations(range(steps), count)
+        for taken in combinations(range(steps), 3)
         if all(b - a >= bands for a, b in pairwise(taken))
     )
-    assert sensitivity_squared(k, 3, bands) == pytest.approx(worst, rel=1e-12)
-
-
-def test_participations_closer_than_the_bands_are_refused():
-    k = sqrt_toeplitz(16)
-    needed = np.square(dense(k, 16)[:, ::4].sum(axis=1)).sum()
-    assert needed == pytest.approx(13.80, abs=5e-3)
-    assert 4 * (k @ k) == pytest.approx(7.78, abs=5e-3)  # too small for that
-    with pytest.raises(ConfigError, match=r"bands: 16 bands .* they are 4; use 4 bands or fewer"):
-        sensitivity_squared(k, 4, 4)
-    assert sensitivity_squared([*banded(16, 4), 0.0, 0.0], 4, 4) == pytest.approx(4)
+    assert worst == pytest.approx(3, rel=1e-12)
 
 
 def test_blocks_in_turn_are_fewer_steps_at_a_higher_rate():
@@ -141,11 +124,6 @@ def test_blocks_in_turn_are_fewer_steps_at_a_higher_rate():
     assert amplified_history(2.0, 1 / 49, 98, 49)[0].rate == pytest.approx(1, abs=1e-12)
     with pytest.raises(ConfigError, match=r"bands: 8 blocks with rate 0.2 .*use 5 bands or fewer"):
         amplified_history(1.0, 0.2, 64, 8)
-
-
-def test_without_sampling_all_steps_are_one_gaussian_mechanism():
-    # The same budget as p full-batch steps of independent noise at sqrt(p) times the noise.
-    assert spent(joint_history(5.0), 1e-5) == spent([Segment(10.0, 1, 4)], 1e-5)
 
 
 @pytest.mark.parametrize("coefficients", [[], [0.0, 1.0], [1.0, np.nan], [0.0]])
@@ -186,8 +164,8 @@ def test_prefix_sums_of_the_noise_have_the_stated_variance():
     sums = streamed(k, torch.randn(T, 1, 40_000)).cumsum(0)
     variances = sums.double().var(dim=-1)
     # 40000 samples: one standard error is 0.7%.
-    assert float(variances[-1, 0]) == pytest.approx(max_error(k, T), rel=0.03)
-    assert float(variances.mean()) == pytest.approx(mean_error(k, T), rel=0.03)
+    assert float(variances[-1, 0]) == pytest.approx(errors(k, T)[-1], rel=0.03)
+    assert float(variances.mean()) == pytest.approx(errors(k, T).mean(), rel=0.03)
 
 
 def test_the_noise_overwrites_its_input():
