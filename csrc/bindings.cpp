@@ -12,6 +12,7 @@
 
 #include "cuda_build.h"
 #include "isa.h"
+#include "outer_squares.h"
 #include "triad.h"
 #include "weighted_sum.h"
 
@@ -30,6 +31,10 @@ template <typename T>
 std::span<const T> to_span(const Array<T>& array) {
   return {array.data(), array.size()};
 }
+
+// (address, examples, positions, width, bytes from one example to the next, from one position)
+using PositionsTuple =
+    std::tuple<std::uintptr_t, std::size_t, std::size_t, std::size_t, std::size_t, std::size_t>;
 
 std::vector<gossamer::Rows> to_blocks(const std::vector<RowsTuple>& blocks) {
   std::vector<gossamer::Rows> rows;
@@ -124,6 +129,20 @@ NB_MODULE(_C, m) {
                            static_cast<Dtype>(dtype), num_threads);
       },
       "g"_a, "factors"_a, "out"_a, "d"_a, "dtype"_a, "num_threads"_a);
+  m.def(
+      "outer_squares",
+      [](const PositionsTuple& a, const PositionsTuple& e, double floor, std::uintptr_t out,
+         std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        const auto to = [](const PositionsTuple& of) {
+          return std::make_from_tuple<gossamer::Positions>(of);
+        };
+        gossamer::outer_squares(to(a), to(e), floor,
+                                {pointer<gossamer::SquareAndMass>(out), std::get<1>(a)},
+                                num_threads);
+      },
+      "a"_a, "e"_a, "floor"_a, "out"_a, "num_threads"_a);
+  m.def("gram_roundings", &gossamer::gram_roundings, "width"_a);
   m.def(
       "triad",
       [](std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, double factor, std::size_t n,
