@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.runtime.native import add_rows, gram_roundings, outer_squares
+from gossamer.runtime.native import add_rows, gram_roundings, outer_squares, takes_positions
 from gossamer.runtime.rows import row_dot
 
 __all__ = [
@@ -313,7 +313,7 @@ def _float32_squares(a: Tensor, e: Tensor) -> tuple[Tensor, Tensor, int]:
     By the compiled kernel where features are side by side on the CPU; patches of a convolution are
     not, and a copy of them costs what the kernel saves.
     """
-    if a.is_cpu and a.stride(2) == e.stride(2) == 1:
+    if takes_positions(a, e):
         roundings = gram_roundings(a.shape[2]) + gram_roundings(e.shape[2])
         return *outer_squares(a, e, _FLOOR), roundings
     grams = [_gram(a), _gram(e)]

@@ -11,16 +11,7 @@ from torch import Tensor
 
 from gossamer.runtime.native.compiled import _C, DTYPES, num_threads, stream_of
 
-__all__ = [
-    "Terms",
-    "add_rows",
-    "combine",
-    "gram_roundings",
-    "outer_squares",
-    "row_dot",
-    "triad",
-    "weighted_sum",
-]
+__all__ = ["Terms", "add_rows", "combine", "row_dot", "triad", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -286,55 +277,6 @@ def add_rows(out: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         used = wide != 0
         out.addmv_(g[used].mT, wide[used].to(out.dtype))
     return out
-
-
-def outer_squares(a: Tensor, e: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Return |sum_t e_t a_t^T|^2 of each example and sum_t |a_t| |e_t|, by Gram matrices.
-
-    The square is sum_st <a_s, a_t> <e_s, e_t>. A product in an inner product of k elements is
-    rounded ``gram_roundings(k)`` times to float32 at most; everything else is float64. An
-    example's bits depend on that example alone, and on the instruction set.
-
-    Args:
-        a: (m, t, p) float32 on the CPU, elements of a position side by side.
-        e: (m, t, q), likewise.
-        floor: lengths |a_t| and |e_t| count as this much at least.
-
-    Returns:
-        (m,) float64, twice.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or memory layouts do not fit.
-    """
-    for name, values in (("a", a), ("e", e)):
-        if values.dim() != 3 or values.dtype != torch.float32 or not values.is_cpu:
-            raise ValueError(
-                f"outer_squares: {name} must be (m, t, width) float32 on the CPU, got "
-                f"{tuple(values.shape)} {values.dtype} on {values.device}"
-            )
-        if values.stride(2) != 1 and values.shape[2] > 1:
-            raise ValueError(
-                f"outer_squares: elements of a position of {name} must be side by side, got "
-                f"strides {values.stride()}"
-            )
-    if a.shape[:2] != e.shape[:2]:
-        raise ValueError(f"outer_squares: a is {tuple(a.shape)}, e {tuple(e.shape)}")
-    out = torch.empty(len(a), 2, dtype=torch.float64)
-    _C.outer_squares(_positions(a), _positions(e), floor, out.data_ptr(), num_threads())
-    return out[:, 0], out[:, 1]
-
-
-def _positions(values: Tensor) -> tuple[int, int, int, int, int, int]:
-    """Return (address, examples, positions, width, bytes between examples, between positions)."""
-    examples, positions, width = values.shape
-    per_example, per_position, _ = values.stride()
-    size = values.itemsize
-    return values.data_ptr(), examples, positions, width, per_example * size, per_position * size
-
-
-def gram_roundings(width: int) -> int:
-    """Return how often ``outer_squares`` rounds a product of ``width`` elements' at most."""
-    return _C.gram_roundings(width)
 
 
 def triad(a: Tensor, b: Tensor, c: Tensor, factor: float, *, stream: bool) -> None:

@@ -1,7 +1,7 @@
 // Compiled once per instruction set (GOSSAMER_ISA). Element i of an inner product is added to lane
 // i % kFloats, with one rounding where the set can: bits differ from set to set, and nothing asks
 // that they do not.
-#include "outer_kernels.h"
+#include "position_kernels.h"
 
 #include <algorithm>
 #include <array>
@@ -89,6 +89,11 @@ Tile products(const Rows<kLeft>& x, const Rows<kRight>& y, std::size_t width) {
   return sums;
 }
 
+const float* row_of(const Positions& of, std::size_t example, std::size_t position) {
+  return reinterpret_cast<const float*>(of.address + example * of.example_bytes +
+                                        position * of.position_bytes);
+}
+
 // The positions from `first` on, before `end`; then the last one again.
 template <std::size_t kCount>
 Rows<kCount> rows_from(const Positions& of, std::size_t example, std::size_t first,
@@ -96,8 +101,7 @@ Rows<kCount> rows_from(const Positions& of, std::size_t example, std::size_t fir
   Rows<kCount> rows;
   for (std::size_t k = 0; k < kCount; ++k) {
     const std::size_t position = std::min(first + k, end - 1);
-    rows[k] = reinterpret_cast<const float*>(of.address + example * of.example_bytes +
-                                             position * of.position_bytes);
+    rows[k] = row_of(of, example, position);
   }
   return rows;
 }
@@ -144,8 +148,76 @@ std::size_t gram_roundings(std::size_t width) {
   return in_a_lane + (kHasFused ? 0 : 1) + 2;  // 2: in sum_lanes
 }
 
+// Elements from `i` on; `fill` where there are no more than `width`.
+Floats load_from(const float* row, std::size_t i, std::size_t width, float fill) {
+  if (i + kFloats <= width) return load<float, float>(row + i);
+  Floats v = Floats{} + fill;
+  std::memcpy(&v, row + i, (width - i) * sizeof(float));
+  return v;
+}
+
+void add_to(float* row, std::size_t i, std::size_t width, Floats v) {
+  const Floats sum = load_from(row, i, width, 0) + v;
+  if (i + kFloats <= width) return store<float, float>(row + i, sum);
+  std::memcpy(row + i, &sum, (width - i) * sizeof(float));
+}
+
+double lane_sum(Floats v) {
+  double sum = 0;
+  for (std::size_t k = 0; k < kFloats; ++k) sum += v[k];
+  return sum;
+}
+
+void sum(const Positions& e, std::size_t example, float* sum, double* mass) {
+  std::fill_n(sum, e.width, 0.0f);
+  *mass = 0;
+  for (std::size_t t = 0; t < e.positions; ++t) {
+    const float* row = row_of(e, example, t);
+    Floats squares = {};
+    for (std::size_t i = 0; i < e.width; i += kFloats) {
+      const Floats v = load_from(row, i, e.width, 0);
+      add_to(sum, i, e.width, v);
+      squares = add_product(v, v, squares);
+    }
+    *mass += std::sqrt(lane_sum(squares));
+  }
+}
+
+void sum_normal(const Positions& a, const Positions& e, const Normal& normal, std::size_t example,
+                NormalSums out) {
+  const std::size_t width = e.width;
+  std::fill_n(out.scale, width, 0.0f);
+  std::fill_n(out.shift, width, 0.0f);
+  *out.scale_mass = *out.shift_mass = 0;
+  for (std::size_t t = 0; t < e.positions; ++t) {
+    const float *in = row_of(a, example, t), *back = row_of(e, example, t);
+    Floats total = {}, squares = {};
+    if (normal.centred) {
+      for (std::size_t i = 0; i < width; i += kFloats) total += load_from(in, i, width, 0);
+    }
+    const auto mean = static_cast<float>(lane_sum(total) / static_cast<double>(width));
+    for (std::size_t i = 0; i < width; i += kFloats) {
+      const Floats apart = load_from(in, i, width, mean) - mean;
+      squares = add_product(apart, apart, squares);
+    }
+    const double variance = lane_sum(squares) / static_cast<double>(width);
+    const auto scale = static_cast<float>(1 / std::sqrt(variance + normal.eps));
+    Floats scale_squares = {}, shift_squares = {};
+    for (std::size_t i = 0; i < width; i += kFloats) {
+      const Floats shift = load_from(back, i, width, 0);
+      const Floats product = shift * ((load_from(in, i, width, mean) - mean) * scale);
+      add_to(out.scale, i, width, product);
+      add_to(out.shift, i, width, shift);
+      scale_squares = add_product(product, product, scale_squares);
+      shift_squares = add_product(shift, shift, shift_squares);
+    }
+    *out.scale_mass += std::sqrt(lane_sum(scale_squares));
+    *out.shift_mass += std::sqrt(lane_sum(shift_squares));
+  }
+}
+
 }  // namespace
 
-extern const OuterKernels kOuterKernels{square, gram_roundings};
+extern const PositionKernels kPositionKernels{square, gram_roundings, sum, sum_normal};
 
 }  // namespace gossamer::GOSSAMER_ISA
