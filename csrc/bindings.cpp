@@ -12,6 +12,7 @@
 
 #include "cuda_build.h"
 #include "isa.h"
+#include "position_sums.h"
 #include "triad.h"
 #include "weighted_sum.h"
 
@@ -29,6 +30,14 @@ gossamer::Rows to_rows(const RowsTuple& rows) {
 template <typename T>
 std::span<const T> to_span(const Array<T>& array) {
   return {array.data(), array.size()};
+}
+
+// (address, examples, positions, width, bytes from one example to the next, from one position)
+using PositionsTuple =
+    std::tuple<std::uintptr_t, std::size_t, std::size_t, std::size_t, std::size_t, std::size_t>;
+
+gossamer::Positions to_positions(const PositionsTuple& of) {
+  return std::make_from_tuple<gossamer::Positions>(of);
 }
 
 std::vector<gossamer::Rows> to_blocks(const std::vector<RowsTuple>& blocks) {
@@ -124,6 +133,40 @@ NB_MODULE(_C, m) {
                            static_cast<Dtype>(dtype), num_threads);
       },
       "g"_a, "factors"_a, "out"_a, "d"_a, "dtype"_a, "num_threads"_a);
+  m.def(
+      "outer_squares",
+      [](const PositionsTuple& a, const PositionsTuple& e, double floor, std::uintptr_t out,
+         std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        gossamer::outer_squares(to_positions(a), to_positions(e), floor,
+                                {pointer<gossamer::SquareAndMass>(out), std::get<1>(a)},
+                                num_threads);
+      },
+      "a"_a, "e"_a, "floor"_a, "out"_a, "num_threads"_a);
+  m.def("gram_roundings", &gossamer::gram_roundings, "width"_a);
+  m.def(
+      "position_sums",
+      [](const PositionsTuple& e, std::uintptr_t sums, std::uintptr_t masses,
+         std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        const auto of = to_positions(e);
+        gossamer::position_sums(of, {pointer<float>(sums), of.examples * of.width},
+                                {pointer<double>(masses), of.examples}, num_threads);
+      },
+      "e"_a, "sums"_a, "masses"_a, "num_threads"_a);
+  m.def(
+      "normal_sums",
+      [](const PositionsTuple& a, const PositionsTuple& e, double eps, bool centred,
+         std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t scale_masses,
+         std::uintptr_t shift_masses, std::size_t num_threads) {
+        nb::gil_scoped_release release;
+        gossamer::normal_sums(to_positions(a), to_positions(e), {eps, centred},
+                              {pointer<float>(scale), pointer<float>(shift),
+                               pointer<double>(scale_masses), pointer<double>(shift_masses)},
+                              num_threads);
+      },
+      "a"_a, "e"_a, "eps"_a, "centred"_a, "scale"_a, "shift"_a, "scale_masses"_a, "shift_masses"_a,
+      "num_threads"_a);
   m.def(
       "triad",
       [](std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, double factor, std::size_t n,

@@ -38,9 +38,9 @@ using Raw = typename VectorOf<E, kLanes<Acc>>::type;
 template <typename Acc>
 using Vec = Raw<Acc, Acc>;
 
-float to_float(float x) { return x; }
-float to_float(_Float16 x) { return static_cast<float>(x); }
-float to_float(BFloat16 x) {
+inline float to_float(float x) { return x; }
+inline float to_float(_Float16 x) { return static_cast<float>(x); }
+inline float to_float(BFloat16 x) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
 
@@ -64,7 +64,7 @@ Vec<Acc> load(const T* p) {
 }
 
 // Round to nearest, ties to even; a NaN stays a NaN.
-BFloat16 to_bfloat16(float x) {
+inline BFloat16 to_bfloat16(float x) {
   if (std::isnan(x)) return {0x7FC0};
   const auto bits = std::bit_cast<std::uint32_t>(x);
   return {static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.algorithms.oracles.per_sample_terms import Dense, Lookup, Outer, Term, lengths_of
+from gossamer.runtime.native import normal_sums, position_sums, takes_positions
 
 __all__ = ["Terms", "terms_of"]
 
@@ -69,14 +70,26 @@ def _convolution(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
 
 def _layer_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     assert isinstance(layer, nn.LayerNorm)
-    normal = F.layer_norm(a, layer.normalized_shape, eps=layer.eps)
-    return _scale_and_shift(normal, e, len(layer.normalized_shape))
+    return _norm(a, e, layer.normalized_shape, layer.eps, centred=True)
 
 
 def _rms_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     assert isinstance(layer, nn.RMSNorm)
-    normal = F.rms_norm(a, layer.normalized_shape, eps=layer.eps)
-    return _scale_and_shift(normal, e, len(layer.normalized_shape))
+    eps = torch.finfo(a.dtype).eps if layer.eps is None else layer.eps
+    return _norm(a, e, layer.normalized_shape, eps, centred=False)
+
+
+def _norm(
+    a: Tensor, e: Tensor, shape: tuple[int, ...], eps: float, *, centred: bool
+) -> dict[str, Term]:
+    """Return the terms of a scale and a shift behind (a - mean) / deviation over ``shape``."""
+    size = torch.Size(shape).numel()
+    a, e = a.reshape(len(a), -1, size), e.reshape(len(e), -1, size)
+    if takes_positions(a, e):
+        scale, shift = normal_sums(a, e, eps=eps, centred=centred)
+        return {"weight": _rounded(*scale, e), "bias": _rounded(*shift, e)}
+    normal = F.layer_norm(a, (size,), eps=eps) if centred else F.rms_norm(a, (size,), eps=eps)
+    return {"weight": _added(e * normal), "bias": _added(e)}
 
 
 def _group_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
@@ -86,16 +99,16 @@ def _group_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     return {"weight": _added((e * normal).mT), "bias": _added(e.mT)}
 
 
-def _scale_and_shift(normal: Tensor, e: Tensor, dims: int) -> dict[str, Term]:
-    shape = e.shape[-dims:]
-    normal, e = normal.reshape(len(e), -1, *shape), e.reshape(len(e), -1, *shape)
-    return {"weight": _added(e * normal), "bias": _added(e)}
-
-
 def _added(values: Tensor) -> Dense:
-    """Return the sums over positions of (m, t, ...), and what their rounding may add."""
-    mass = lengths_of(values.flatten(2)).sum(1)
-    return Dense(values.sum(1), mass * (values.shape[1] * torch.finfo(values.dtype).eps))
+    """Return the sums over positions of (m, t, p), and what their rounding may add."""
+    if takes_positions(values):
+        return _rounded(*position_sums(values), values)
+    return _rounded(values.sum(1), lengths_of(values).sum(1), values)
+
+
+def _rounded(sums: Tensor, mass: Tensor, values: Tensor) -> Dense:
+    """Return sums over the positions of ``values``, and what rounding may add by their mass."""
+    return Dense(sums, mass * (values.shape[1] * torch.finfo(values.dtype).eps))
 
 
 def _positions(values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.runtime.native import add_rows
+from gossamer.runtime.native import add_rows, gram_roundings, outer_squares, takes_positions
 from gossamer.runtime.rows import row_dot
 
 __all__ = [
@@ -71,27 +71,23 @@ class Outer:
     def squares(self) -> Tensor:
         """Return bounds (m,) float64 on the squared norms, by Gram matrices: O(t^2 (p + q)) each.
 
-        Their products are float32, three times as fast as float64, and what those may lose is
-        added: a norm that is too small is no bound. An inner product of vectors x, y, summed in
-        blocks of b features each and then over blocks, is off by at most k u |x| |y| to first
-        order, k = b + blocks, u = 2^-24, in any order within a block (Higham, Accuracy and
-        Stability of Numerical Algorithms, 2002, section 4.2). Hence sum_st <a_s, a_t> <e_s, e_t>
-        is off by at most 2 k u mass^2, mass = sum_t |a_t| |e_t|. Where positions cancel that is
-        much more than the norm: the example is done in float64, with the bound of that.
+        Their inner products are float32, faster than float64, and what these may lose is added: a
+        norm that is too small is no bound. An inner product of vectors x, y in which no product is
+        rounded more than k times, alone and in sums, is off by at most k u |x| |y| to first order,
+        u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2).
+        Hence sum_st <a_s, a_t> <e_s, e_t> is off by at most (k_a + k_e) u mass^2,
+        mass = sum_t |a_t| |e_t|. Where positions cancel that is much more than the norm: the
+        example is done in float64, with the bound of that.
         """
         if self.a.shape[1] == 1:
             return Dense(self.a).squares() * Dense(self.e).squares()
         if self.a.dtype == torch.float64:
             return _exact_squares(self.a, self.e)
-        grams = [_gram(self.a), _gram(self.e)]
-        lengths = [gram.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=_FLOOR) for gram in grams]
-        self.mass = (lengths[0] * lengths[1]).sum(1)
-        found = grams[0].double().mul_(grams[1]).sum((1, 2))
-        terms = _summed(self.a, self.e)
+        found, self.mass, roundings = _float32_squares(self.a, self.e)
         unit = torch.finfo(self.a.dtype).eps / 2
         # A tenth more: higher orders, the rounding of the mass, and products that underflow.
-        lost = self.mass.double().square() * (1.1 * terms * unit)
-        loose = ~(lost <= LOOSE * found)  # so is what is not finite
+        lost = self.mass.square() * (1.1 * roundings * unit)
+        loose = ~(lost <= LOOSE * found)  # so is NaN
         if bool(loose.any()):
             found[loose], lost[loose] = _exact_squares(self.a[loose], self.e[loose]), 0.0
         return found + lost
@@ -309,6 +305,21 @@ def _full_precision_by_backend() -> Iterator[None]:
 def _beside(parts: Sequence[Tensor]) -> Tensor:
     """Return the parts with their positions side by side."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def _float32_squares(a: Tensor, e: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return (m,) float64 squared norms and masses, and the most roundings in two inner products.
+
+    By the compiled kernel where features are side by side on the CPU; patches of a convolution are
+    not, and a copy of them costs what the kernel saves.
+    """
+    if takes_positions(a, e):
+        roundings = gram_roundings(a.shape[2]) + gram_roundings(e.shape[2])
+        return *outer_squares(a, e, _FLOOR), roundings
+    grams = [_gram(a), _gram(e)]
+    lengths = [gram.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=_FLOOR) for gram in grams]
+    mass = (lengths[0] * lengths[1]).sum(1, dtype=torch.float64)
+    return grams[0].double().mul_(grams[1]).sum((1, 2)), mass, _summed(a, e)
 
 
 def _gram(values: Tensor) -> Tensor:

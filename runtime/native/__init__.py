@@ -25,6 +25,13 @@ from gossamer.runtime.native.draws import (
     subtract_random,
     words_,
 )
+from gossamer.runtime.native.positions import (
+    gram_roundings,
+    normal_sums,
+    outer_squares,
+    position_sums,
+    takes_positions,
+)
 from gossamer.runtime.native.sums import (
     Terms,
     add_rows,
@@ -53,11 +60,16 @@ __all__ = [
     "fill_random",
     "fill_word_rows",
     "fill_words",
+    "gram_roundings",
+    "normal_sums",
     "normals_of_words",
     "num_threads",
+    "outer_squares",
+    "position_sums",
     "release_sum",
     "row_dot",
     "subtract_random",
+    "takes_positions",
     "triad",
     "use_threads",
     "weighted_sum",
