@@ -295,6 +295,7 @@ def characters(
             f"Text: {_CHARACTERS.title}, epsilon = {epsilon:g}, lr = {lr:g}: {BASELINE}: test loss",
             float(plain.mean()),
             lab.seeds,
+            f"lowest of the seeds {plain.min():.3f}, highest {plain.max():.3f}",
         )
         for method in methods:
             change = Gain.of(runs[method, epsilon, lr].last("test_loss"), plain)
