@@ -11,7 +11,7 @@ namespace gossamer {
 namespace {
 
 constexpr std::size_t kStreamBytes = 1 << 20;  // rows from here on are written past the caches
-constexpr std::size_t kPieceBytes = 128 << 10;
+constexpr std::size_t kAveragePieceBytes = 128 << 10;
 constexpr std::size_t kTurnBytes = 256 << 10;  // of a row, then processes on one core take turns
 constexpr std::size_t kSlots = 16;  // pieces of a result that may wait to be written in place
 
@@ -38,8 +38,8 @@ class Average : Collective {
         call_(call),
         element_bytes_(size_bytes(call.dtype)),
         row_bytes_(call.d * element_bytes_),
-        width_(clamp_width(kPieceBytes / std::max<std::size_t>(plan.most_staged, 1), element_bytes_,
-                           call.d)),
+        width_(clamp_width(kAveragePieceBytes / std::max<std::size_t>(plan.most_staged, 1),
+                           element_bytes_, call.d)),
         pieces_((call.d + width_ - 1) / width_) {}
 
   Status run() {
@@ -198,7 +198,7 @@ Status Average::overwrite(const Rows& x, const std::optional<Rows>& addend) {
     }
     while (!late && written < i && (i - written == slots || read_by_all(written))) write_one();
     add_up(x, addend, i * width_, len_of(i), slot(i), false);
-    if (g_.shares_cores() && (i + 1) % (kTurnBytes / kPieceBytes) == 0) give_way();
+    if (g_.shares_cores() && (i + 1) % (kTurnBytes / kAveragePieceBytes) == 0) give_way();
     for (const auto& source : plan_.sources) {
       // After its failure a peer's rows may change: then there is no whole average any more.
       if (const Status s = still_whole(source.peer); !s.ok()) return written == 0 ? s : torn(s);

@@ -10,7 +10,7 @@ namespace {
 constexpr std::size_t kLine = 64;   // bytes; rows start at multiples of it
 constexpr std::size_t kAlign = 64;  // elements: whole lines in every dtype
 
-std::size_t round_up(std::size_t bytes, std::size_t to) { return (bytes + to - 1) / to * to; }
+std::size_t up_to_multiple(std::size_t bytes, std::size_t to) { return (bytes + to - 1) / to * to; }
 
 std::byte* pointer(std::uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 std::uintptr_t address(const std::byte* memory) { return reinterpret_cast<std::uintptr_t>(memory); }
@@ -25,7 +25,7 @@ std::size_t extent(const Rows& rows, std::size_t row_bytes) {
 }
 
 std::size_t staged_bytes(const Rows& rows, std::size_t row_bytes) {
-  return rows.count * round_up(row_bytes + kLine, kLine);
+  return rows.count * up_to_multiple(row_bytes + kLine, kLine);
 }
 
 }  // namespace
@@ -68,7 +68,7 @@ void DeviceGroup::reserve(std::size_t bytes) {
 
 std::uintptr_t DeviceGroup::staged(std::size_t bytes) {
   const std::size_t at = staging_used_;
-  staging_used_ += round_up(bytes, kLine);
+  staging_used_ += up_to_multiple(bytes, kLine);
   return address(staging_ + at);
 }
 
@@ -78,7 +78,7 @@ Rows DeviceGroup::stage(const Rows& rows, std::size_t row_bytes) {
     device_->copy(pointer(copy.address), pointer(rows.address), extent(rows, row_bytes), stream_);
     return copy;
   }
-  copy.stride_bytes = round_up(row_bytes, kLine);
+  copy.stride_bytes = up_to_multiple(row_bytes, kLine);
   for (std::size_t r = 0; r < rows.count; ++r) {
     device_->copy(pointer(copy.row(r)), pointer(rows.row(r)), row_bytes, stream_);
   }
@@ -161,7 +161,7 @@ Status DeviceGroup::sum_slices(const SumCall& call) {
                         overlap(call.x, row_bytes, {call.out, 1, row_bytes});
   const bool copies_out = !owns(call.out, row_bytes);
   reserve((copies_x ? staged_bytes(call.x, row_bytes) : 0) +
-          (copies_out ? round_up(row_bytes, kLine) : 0));
+          (copies_out ? up_to_multiple(row_bytes, kLine) : 0));
   const Rows x = copies_x ? stage(call.x, row_bytes) : call.x;
   const std::uintptr_t out = copies_out ? staged(row_bytes) : call.out;
 
@@ -215,9 +215,10 @@ Status DeviceGroup::exchange(std::span<const DeviceBuffer> sends,
     return sorted;
   };
   const auto total_of = [](const std::vector<DeviceBuffer>& buffers, std::size_t unit) {
-    return std::accumulate(
-        buffers.begin(), buffers.end(), std::size_t{0},
-        [&](std::size_t sum, const DeviceBuffer& b) { return sum + round_up(b.bytes, unit); });
+    return std::accumulate(buffers.begin(), buffers.end(), std::size_t{0},
+                           [&](std::size_t sum, const DeviceBuffer& b) {
+                             return sum + up_to_multiple(b.bytes, unit);
+                           });
   };
   return run(timeout_s, stream, [&]() -> Status {
     const auto outgoing = by_peer(sends), incoming = by_peer(receives);
@@ -243,7 +244,7 @@ Status DeviceGroup::exchange(std::span<const DeviceBuffer> sends,
       rows.push_back({peer, {at, 1, total}});
       for (const DeviceBuffer& b : buffers) {
         device_->copy(pointer(at), b.data, b.bytes, stream_);
-        at += round_up(b.bytes, kLine);
+        at += up_to_multiple(b.bytes, kLine);
       }
     }
     std::vector<std::uint32_t> targets, sources;
@@ -262,7 +263,7 @@ Status DeviceGroup::exchange(std::span<const DeviceBuffer> sends,
       std::uintptr_t at = heard.rows;
       for (const DeviceBuffer& b : buffers) {
         device_->copy(b.data, pointer(at), b.bytes, stream_);
-        at += round_up(b.bytes, kLine);
+        at += up_to_multiple(b.bytes, kLine);
       }
       sources.push_back(peer);
     }

@@ -11,7 +11,9 @@ constexpr std::size_t kGrain = 2 << 20;        // devices export memory in pages
 constexpr std::size_t kBlockBytes = 32 << 20;  // least to ask the device for
 constexpr std::uint64_t kNowhere = Message::kNowhere;
 
-std::uintptr_t address(const std::byte* memory) { return reinterpret_cast<std::uintptr_t>(memory); }
+std::uintptr_t address_of(const std::byte* memory) {
+  return reinterpret_cast<std::uintptr_t>(memory);
+}
 
 }  // namespace
 
@@ -117,7 +119,7 @@ DeviceGroup::Place DeviceGroup::place_of(std::uintptr_t at) const {
   const std::lock_guard lock(memory_mutex_);
   for (std::uint32_t id = 0; id < blocks_.size(); ++id) {
     const Block& block = blocks_[id];
-    const std::uintptr_t begin = address(block.data);
+    const std::uintptr_t begin = address_of(block.data);
     if (at < begin || at >= begin + block.bytes) continue;
     return {block.handle, id, at - begin, begin + block.bytes - at};
   }
@@ -203,7 +205,7 @@ Status DeviceGroup::hear(std::uint32_t peer, std::uint32_t kind, std::uint64_t t
     if (offset == kNowhere) return std::uintptr_t{0};
     std::byte*& memory = opened.blocks[id];
     if (memory == nullptr) memory = device_->open_memory(handle);
-    return address(memory + offset);
+    return address_of(memory + offset);
   };
   if (heard != nullptr) {
     heard->rows = open(notice.rows_block, notice.rows, m.offset);
