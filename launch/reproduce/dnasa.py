@@ -78,7 +78,8 @@ def tumours(graph: str = "ring", *, batch_size: int | None = None, **values: Any
     sampling = {"sampling": "full"} if batch_size is None else {"batch_size": batch_size}
     oracle = {"name": f"{_HERE}.linear_oracle:LinearLogistic", **sampling}
     common = {"task": _TUMOURS, "oracle": oracle, "topology": {"name": graph}}
-    return Simulation({**common, "ranks": 8, **values}, evaluations=40 if batch_size else 1)
+    evaluations = 40 if batch_size else 1
+    return Simulation({**common, "ranks": 8, **values}, evaluations, {"per_rank": False})
 
 
 # --- no tuning ----------------------------------------------------------------------------------

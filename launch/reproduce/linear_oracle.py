@@ -68,32 +68,41 @@ class LinearLogistic(Oracle):
     ) -> Estimate:
         """Return the mean gradient over each rank's batch."""
         assert sink is None, "linear-logistic: a row is as short as a slice"
-        terms = [c * self._gradient(point, batch) for c, point in combine or [(1.0, x)]]
-        grad = sum(terms[1:], start=terms[0])
         weight = torch.tensor([float(len(b)) for b in batch], dtype=torch.float64)
-        return Estimate(loss=self.loss(x, batch), grad=grad, weight=weight)
+        margins = self._margins(x, batch)
+        if combine is None:
+            grad = self._gradient(x, margins, batch)
+        else:
+            points = ((c, point, self._margins(point, batch)) for c, point in combine)
+            terms = [c * self._gradient(point, m, batch) for c, point, m in points]
+            grad = sum(terms[1:], start=terms[0])
+        return Estimate(loss=self._losses(x, margins), grad=grad, weight=weight)
 
     def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
         """Return the losses at x, (local,) float64."""
-        margins, _ = self._margins(x, batch)
+        return self._losses(x, self._margins(x, batch))
+
+    def _losses(self, x: Tensor, margins: Tensor) -> Tensor:
         square = x.square()
         penalties = self._loss.l2 * square + self._loss.nonconvex * square / (1 + square)
         losses = -nn.functional.logsigmoid(margins).mean(dim=1) + penalties.sum(dim=1)
         return losses.double()
 
-    def _gradient(self, x: Tensor, batch: RankBatches) -> Tensor:
-        margins, signed_LBD = self._margins(x, batch)
+    def _gradient(self, x: Tensor, margins: Tensor, batch: RankBatches) -> Tensor:
         slopes = torch.sigmoid(-margins) / -margins.shape[1]
-        grad = torch.bmm(slopes[:, None, :], signed_LBD)[:, 0]
+        grad = torch.bmm(slopes[:, None, :], self._laid_out(batch))[:, 0]
         penalty = 2 * self._loss.l2 + 2 * self._loss.nonconvex / (1 + x.square()).square()
         return grad.addcmul_(penalty, x)
 
-    def _margins(self, x: Tensor, batch: RankBatches) -> tuple[Tensor, Tensor]:
-        """Return b a.x, (local, B), and b a laid out as a row is, (local, B, d)."""
+    def _margins(self, x: Tensor, batch: RankBatches) -> Tensor:
+        """Return b a.x, (local, B)."""
+        return torch.bmm(self._laid_out(batch), x[:, :, None])[..., 0]
+
+    def _laid_out(self, batch: RankBatches) -> Tensor:
+        """Return b a laid out as a row is, (local, B, d)."""
         if self._batch is None or self._batch[0] is not batch:
             self._batch = (batch, self._signed(batch))
-        signed_LBD = self._batch[1]
-        return torch.bmm(signed_LBD, x[:, :, None])[..., 0], signed_LBD
+        return self._batch[1]
 
     def _signed(self, batch: RankBatches) -> Tensor:
         features = torch.stack([b.inputs[0] for b in batch])
