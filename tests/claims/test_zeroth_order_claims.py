@@ -1,0 +1,20 @@
+"""The small benchmark of the zeroth-order page, with its thresholds and fewer seeds."""
+
+from __future__ import annotations
+
+import pytest
+
+from gossamer.launch.reproduce.simulation import Laboratory
+from gossamer.launch.reproduce.zo_bench import accuracy, derivatives, queries, unstable
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SEEDS = {accuracy: 3, derivatives: 2, queries: 3, unstable: 2}
+
+
+@pytest.mark.parametrize("group", SEEDS, ids=lambda group: group.__name__)
+def test_the_claims_of_zeroth_order_training_hold(group, lab: Laboratory, monkeypatch):
+    monkeypatch.setattr(lab, "seeds", SEEDS[group])
+    claims = list(group(lab))
+    assert [claim for claim in claims if claim.passed is False] == []
+    assert any(claim.passed for claim in claims)
