@@ -52,6 +52,7 @@ class TrainingProgram:
         """
         self.comm, self.problem, self.oracle, self.algorithm = comm, problem, oracle, algorithm
         oracle.adapt(algorithm)
+        algorithm.require(oracle)
         plan = oracle.setup(comm, problem)
         self.layout = oracle.layout
         self.rounds_per_step = algorithm.rounds_per_step
@@ -136,13 +137,8 @@ class TrainingProgram:
 
         Padding is skipped; two runs agree to the bit exactly if these agree.
         """
-        digests = [
-            hashlib.sha256(
-                self.layout.values(row).contiguous().cpu().view(torch.uint8).numpy().tobytes()
-            ).digest()
-            for row in self.state.x
-        ]
-        local = torch.tensor([list(d) for d in digests], dtype=torch.uint8)
+        digests = [list(self.layout.digest(row)) for row in self.state.x]
+        local = torch.tensor(digests, dtype=torch.uint8)
         rows = self.comm.all_gather(local.to(self.comm.device), count=False).cpu()
         return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from gossamer.algorithms.conditions import require_doubly_stochastic
@@ -232,6 +232,14 @@ class Oracle(Component, ABC):
         """
         return None
 
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """What makes the directions of its Probes, for who makes them again; None: it gives none.
+
+        Numbers and text; complete after ``setup``.
+        """
+        return None
+
     def require_clipped(self) -> None:
         """Get ready for ``clipped``, after ``setup``.
 
@@ -384,12 +392,15 @@ class Algorithm(Component, ABC):
     """What of the oracle's gradients leaves a rank: each rank's own, or the mean over all alone."""
     sends: ClassVar[str] = "what its algorithm exchanges"
     """What leaves a rank in a step, in words; a private run's report says it."""
+    follows_graph: ClassVar[bool] = False
+    """Whether its state is of no use on another graph, where it admits several in turn."""
     optional_optimizer: ClassVar[bool] = False
     """Whether it runs with and without an ``optimizer`` section."""
     objective: ClassVar[Literal["ranks", "examples"] | None] = None
     """What f is under this algorithm when the user says nothing; None: the task's choice."""
     optimizer: Optimizer | None = Field(default=None, exclude=True)
     """Filled from the section ``optimizer``; required where the rule leaves the update open."""
+    _taken: Callable[[Directions], object] | None = PrivateAttr(default=None)
 
     @property
     def batches_per_step(self) -> int:
@@ -408,6 +419,28 @@ class Algorithm(Component, ABC):
             ConfigError: the condition on W fails; names the condition and the way out.
         """
         return require_doubly_stochastic(self.name, topology)
+
+    def require(self, oracle: Oracle) -> None:
+        """Get to know the outermost oracle, before its ``setup``; may be called again.
+
+        Raises:
+            ConfigError: its estimates are of no use here; says why, and the way out.
+        """
+
+    def mean_delay(self, topology: Topology) -> int | None:
+        """Return after how many steps all ranks apply the mean of their estimates, alike.
+
+        None: each rank makes updates of its own.
+        """
+        return None
+
+    def watch(self, taken: Callable[[Directions], object]) -> None:
+        """Call ``taken`` with each mean that all ranks apply alike, where that is Directions."""
+        self._taken = taken
+
+    def _tell(self, mean: Directions) -> None:
+        if self._taken is not None:
+            self._taken(mean)
 
     @abstractmethod
     def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> Any:

@@ -71,6 +71,8 @@ REGISTRY: dict[str, dict[str, str]] = {
         "ad-psgd": "decentralized.ad_psgd:ADPSGD",
         "dnsgd": "decentralized.dnsgd:DNSGD",
         "gt-nsgdm": "decentralized.gt_nsgdm:GTNSGDm",
+        "flood": "zeroth_order.flood:Flood",
+        "coefficient-gossip": "zeroth_order.coefficient_gossip:CoefficientGossip",
     },
 }
 """kind -> name -> ``module:Class`` below ``gossamer.algorithms``."""

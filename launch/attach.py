@@ -361,6 +361,7 @@ class _Part:
         x.copy_(comm.broadcast(x, root=0, count=False))
         self._oracle = GivenGradient()
         self._oracle.give(self)
+        algorithm.require(self._oracle)
         self.state = algorithm.init(comm, self._oracle, x, _NO_BATCHES)
         self._bind()
 

@@ -42,6 +42,7 @@ class Part(Protocol):
 class GivenGradient(Oracle):
     """The gradient that the user's own ``backward`` computed; at the current point only."""
 
+    name: str = "attach"
     _part: Part = PrivateAttr()
 
     def give(self, part: Part) -> None:

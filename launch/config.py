@@ -122,6 +122,7 @@ class Experiment:
             found = _component("oracle", section, Oracle, inner=found)
         assert found is not None
         found.adapt(self.algorithm)
+        self.algorithm.require(found)
         return found
 
     def oracle_sections(self) -> list[Section]:

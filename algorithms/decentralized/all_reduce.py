@@ -43,6 +43,10 @@ class AllReduce(Algorithm):
         """Take any graph: it is not used."""
         return topology
 
+    def mean_delay(self, topology: Topology) -> int:
+        """Return 0: a mean is applied in the step that makes it."""
+        return 0
+
     def init(
         self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches
     ) -> AllReduceState:
@@ -63,5 +67,7 @@ class AllReduce(Algorithm):
             return {"loss": estimate.loss, **estimate.metrics, "skipped": 1.0}
         if isinstance(mean, Tensor):
             mean = mean.expand_as(state.x)
+        else:
+            self._tell(mean)
         self.optimizer.apply_(state.optimizer, state.x, mean, comm, estimate.mean_origin)
         return {"loss": estimate.loss, **estimate.metrics}

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -117,6 +117,19 @@ class ZerothOrder(ModuleOracle):
             )
         log.info("zeroth order: the loss takes parameters past their layers, so rows are copied")
         return None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What makes its directions."""
+        return {
+            "seed": self._seed,
+            "distribution": self._elements,
+            "eps": self.eps,
+            "sparsity": self.sparsity,
+            "mask_interval": self.mask_interval,
+            "directions": self.directions,
+            "queries": self.queries,
+        }
 
     def __call__(
         self,
