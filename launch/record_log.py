@@ -117,6 +117,10 @@ def open_log(
         if path.exists():
             path.replace(path.with_name(f"{NAME}.until-{comm.step}"))
         return None
+    except OSError as error:
+        raise ConfigError(
+            f"--out: cannot write {path} ({error.strerror}); free some space, or name another"
+        ) from error
     experiment.algorithm.watch(log.append)
     return log
 

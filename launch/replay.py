@@ -9,24 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gossamer.algorithms.zeroth_order.probes import Probes
 from gossamer.launch.config import Experiment, resolve
 from gossamer.launch.record_log import NAME, pack, sealed, unpack, unsealed
-from gossamer.launch.recorder import to_json, write_whole, writing
+from gossamer.launch.recorder import write_whole
 from gossamer.runtime import Communicator, ConfigError, RowLayout, StackedTransport
 from gossamer.runtime.perturb import Mask
 
 __all__ = ["Exported", "export", "read_exported", "replay"]
+
+
+_FIELDS = ("steps", "dtype", "device", "optimizer", "base_sha256", "configuration", "tensors")
+_RECIPE = ("seed", "distribution", "sparsity", "mask_interval")
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ def export(run: Path, out: Path) -> Exported:
     found = json.loads(summary.read_text())
     outcome = {"steps": found["steps"], "parameters_sha256": found["parameters_sha256"]}
     exported = _checked({**header, "outcome": outcome}, records, log)
-    with writing(out):
+    with _output(out):
         out.write_bytes(sealed(pack(exported.header, records)))
     return exported
 
@@ -96,8 +103,9 @@ def _checked(header: dict[str, Any], records: NDArray[np.void], path: Path) -> E
         per_set = recipe["queries"] * (header["ranks"] if own else 1)
         last = outcome["steps"] - header["delay"]
         exported = Exported(header, records, outcome["steps"], outcome["parameters_sha256"])
-        for name in ("dtype", "device", "optimizer", "base_sha256", "configuration", "tensors"):
-            header[name]
+        for fields, names in ((header, _FIELDS), (recipe, _RECIPE)):
+            for name in names:
+                fields[name]
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path}: its header lacks {error}; export it again") from error
     before = -1
@@ -125,7 +133,7 @@ def replay(exported: Exported, out: Path | None = None) -> str:
 
     Args:
         exported: what to replay.
-        out: folder for ``model.safetensors`` and ``config.yaml``'s counterpart in JSON; None: none.
+        out: folder for ``model.safetensors`` and the run's ``config.yaml``; None: for neither.
 
     Raises:
         ConfigError: the model that the configuration builds is not the one that the run began with,
@@ -154,11 +162,12 @@ def replay(exported: Exported, out: Path | None = None) -> str:
         )
     _apply(exported, experiment, comm, layout, x)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         views = zip(layout.slices, layout.views(x[0]), strict=True)
-        with writing(out / "model.safetensors"):
+        with _output(out):
+            out.mkdir(parents=True, exist_ok=True)
             save_file({s.name: v.cpu().contiguous() for s, v in views}, out / "model.safetensors")
-            write_whole(out / "config.json", to_json(header["configuration"], indent=1))
+            written = yaml.safe_dump(header["configuration"], sort_keys=False)
+            write_whole(out / "config.yaml", written)
     return hashlib.sha256(layout.digest(x[0]) * comm.n).hexdigest()
 
 
@@ -187,6 +196,14 @@ class _Alone(StackedTransport):
     def __init__(self, n: int, device: torch.device) -> None:
         super().__init__(device)
         self.processes = n
+
+
+@contextmanager
+def _output(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be written ({error}); name another") from error
 
 
 def _device(kind: str) -> torch.device:

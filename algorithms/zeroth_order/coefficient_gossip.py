@@ -53,7 +53,8 @@ class CoefficientGossip(Algorithm):
     ``tolerance``, and each takes their mean, which it knows from its own: C_i[s, j] / (n P_ij), P
     the product of the A rounds. Each number that moves costs a pass over its direction, (A + 1) n q
     of them a step: for few parameters (adapters, prompts) and graphs that mix fast. A rank whose
-    numbers are not finite makes no step of its own. Parameters of 16 bits lose small changes.
+    numbers are not finite makes no step of its own (``skipped``: their share). Parameters of 16
+    bits lose small changes.
     """
 
     takes: ClassVar[frozenset[str]] = frozenset({"directions"})

@@ -105,6 +105,7 @@ def test_a_replay_makes_the_parameters_of_the_run_to_the_bit(case, tmp_path, zo)
     assert status == 0
     assert f"parameters_sha256 {summary(run)['parameters_sha256']}\n" in told
     model = load_file(tmp_path / "model" / "model.safetensors")
+    assert (tmp_path / "model" / "config.yaml").read_text() == (run / "config.yaml").read_text()
     written = load_file(run / "checkpoints" / "step-000000009" / "mean.safetensors")
     assert model.keys() == written.keys()
     for name in model:  # the mean of equal rows, to rounding
@@ -143,6 +144,24 @@ def test_a_run_that_goes_on_otherwise_has_no_log_and_says_so(flooded, tmp_path, 
     assert f"{NAME} is not written: the run goes on with another optimizer, steps" in told
     assert not (run / NAME).exists()
     assert (run / f"{NAME}.until-9").exists()
+
+
+def test_flood_goes_on_over_its_own_graph_alone(flooded, tmp_path, capsys):
+    run = tmp_path / "out"
+    shutil.copytree(flooded, run)
+    assert start(run, resume=run, settings=["steps=11", "topology={name: star}"]) == 2
+    assert "flood needs the same graph from its first step on" in capsys.readouterr().err
+
+
+def test_another_number_of_ranks_goes_on_from_the_mean_without_a_log(
+    flooded, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert start(tmp_path / "out", resume=flooded, settings=["steps=12", "ranks=4"]) == 0
+    assert "the run goes on with another ranks" in capsys.readouterr().err
+    run = tmp_path / "runs" / "resumed-001"
+    assert summary(run)["steps"] == 12
+    assert not (run / NAME).exists()
 
 
 def test_a_constant_rate_allows_more_steps(tmp_path, zo):
@@ -230,6 +249,7 @@ def infinite(header, records):
         (infinite, "step 0 has a coefficient that is not finite"),
         (without("optimizer"), "lacks 'optimizer'"),
         (without("recipe"), "lacks 'recipe'"),
+        (lambda h, r: h["recipe"].pop("seed") and r, "lacks 'seed'"),
     ],
 )
 def test_records_out_of_order_or_incomplete_are_found(how, words, exported, zo):
