@@ -2,9 +2,12 @@
 
 from collections import deque
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from zeroth_order_for_tests import Faults, problem, program, run
 
 from gossamer.algorithms.decentralized.all_reduce import AllReduce
@@ -114,6 +117,26 @@ def test_a_record_is_sent_to_each_neighbor_once_in_16_bytes(graph, n, records):
     before = made.comm.traffic.bytes_sent.sum()
     run(made, steps=3)
     assert made.comm.traffic.bytes_sent.sum() - before == 3 * 16 * 2 * records
+
+
+@given(st.integers(2, 7), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_after_the_diameter_all_know_all_and_nothing_was_said_twice(n, random):
+    graph = nx.Graph([(random.randrange(i), i) for i in range(1, n)])
+    graph.add_edges_from(random.sample(list(nx.complete_graph(n).edges), random.randrange(n)))
+    w = nx.to_numpy_array(graph, nodelist=range(n)) / n
+    found = dissemination(Topology.static("random", Round.from_matrix(w + np.eye(n))))
+    assert found.exchanges == nx.diameter(graph)
+    knows, said = np.eye(n, dtype=bool), set()
+    for exchange in range(found.exchanges):
+        sent = [(e, k) for e, owners in found.senders(0, exchange).items() for k in owners]
+        for (source, target), owner in sent:
+            assert knows[source, owner]
+            assert not said & {(source, target, owner), (target, source, owner)}
+        said |= {(*edge, owner) for edge, owner in sent}
+        for (_, target), owner in sent:
+            knows[target, owner] = True
+    assert knows.all()
 
 
 def test_on_a_schedule_the_lag_is_the_longest_from_any_round():
