@@ -65,7 +65,10 @@ class RecordLog:
             header = _continued(before, header)
             kept = kept[kept["step"].astype(np.int64) + header["delay"] < step]
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(pack(header, kept))
+        with partial.open("wb") as file:
+            file.write(pack(header, kept))
+            file.flush()
+            os.fsync(file.fileno())  # what a checkpoint counts on stays
         partial.replace(path)
 
     def __enter__(self) -> RecordLog:
