@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.conditions import require_form
 from gossamer.algorithms.evaluation import Evaluator
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.protocols import Algorithm, Metrics, Oracle
@@ -52,8 +51,8 @@ class TrainingProgram:
             ConfigError: the task, the oracle and the algorithm do not fit.
         """
         self.comm, self.problem, self.oracle, self.algorithm = comm, problem, oracle, algorithm
-        require_form(algorithm, oracle)
         oracle.adapt(algorithm)
+        algorithm.require(oracle)
         plan = oracle.setup(comm, problem)
         self.layout = oracle.layout
         self.rounds_per_step = algorithm.rounds_per_step
@@ -138,13 +137,8 @@ class TrainingProgram:
 
         Padding is skipped; two runs agree to the bit exactly if these agree.
         """
-        digests = [
-            hashlib.sha256(
-                self.layout.values(row).contiguous().cpu().view(torch.uint8).numpy().tobytes()
-            ).digest()
-            for row in self.state.x
-        ]
-        local = torch.tensor([list(d) for d in digests], dtype=torch.uint8)
+        digests = [list(self.layout.digest(row)) for row in self.state.x]
+        local = torch.tensor(digests, dtype=torch.uint8)
         rows = self.comm.all_gather(local.to(self.comm.device), count=False).cpu()
         return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from gossamer.algorithms.conditions import require_doubly_stochastic
+from gossamer.algorithms.conditions import require_doubly_stochastic, require_form
 from gossamer.algorithms.problems import Batches, DataPlan, Problem, RankBatches
 from gossamer.algorithms.schedules import scheduled
 from gossamer.runtime.communicator import Communicator
@@ -244,6 +244,15 @@ class Oracle(Component, ABC):
         """
         return None
 
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """What makes the directions of its Probes, for who makes them again.
+
+        Numbers and text; complete after ``setup``. None: it gives none, or not of whole rows,
+        numbered anew each step.
+        """
+        return None
+
     def require_clipped(self) -> None:
         """Get ready for ``clipped``, after ``setup``.
 
@@ -405,12 +414,15 @@ class Algorithm(Component, ABC):
     """What leaves a rank in a step, in words; a private run's report says it."""
     sweeps: ClassVar[bool] = False
     """Whether it takes ``Oracle.sweep_over``, and moves x between its estimates."""
+    follows_graph: ClassVar[bool] = False
+    """Whether its state is of no use on another graph, where it admits several in turn."""
     optional_optimizer: ClassVar[bool] = False
     """Whether it runs with and without an ``optimizer`` section."""
     objective: ClassVar[Literal["ranks", "examples"] | None] = None
     """What f is under this algorithm when the user says nothing; None: the task's choice."""
     optimizer: Optimizer | None = Field(default=None, exclude=True)
     """Filled from the section ``optimizer``; required where the rule leaves the update open."""
+    _taken: Callable[[Directions], object] | None = PrivateAttr(default=None)
 
     @property
     def batches_per_step(self) -> int:
@@ -429,6 +441,29 @@ class Algorithm(Component, ABC):
             ConfigError: the condition on W fails; names the condition and the way out.
         """
         return require_doubly_stochastic(self.name, topology)
+
+    def require(self, oracle: Oracle) -> None:
+        """Get to know the outermost oracle, before its ``setup``; may be called again.
+
+        Raises:
+            ConfigError: its estimates are of no use here; says why, and the way out.
+        """
+        require_form(self, oracle)
+
+    def mean_delay(self, topology: Topology) -> int | None:
+        """Return after how many steps all ranks apply the mean of their estimates, alike.
+
+        None: each rank makes updates of its own.
+        """
+        return None
+
+    def watch(self, taken: Callable[[Directions], object]) -> None:
+        """Call ``taken`` with each mean that all ranks apply alike, where that is Directions."""
+        self._taken = taken
+
+    def _tell(self, mean: Directions) -> None:
+        if self._taken is not None:
+            self._taken(mean)
 
     @abstractmethod
     def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> Any:

@@ -72,6 +72,8 @@ REGISTRY: dict[str, dict[str, str]] = {
         "dnsgd": "decentralized.dnsgd:DNSGD",
         "gt-nsgdm": "decentralized.gt_nsgdm:GTNSGDm",
         "conservative": "zeroth_order.conservative:Conservative",
+        "flood": "zeroth_order.flood:Flood",
+        "coefficient-gossip": "zeroth_order.coefficient_gossip:CoefficientGossip",
     },
 }
 """kind -> name -> ``module:Class`` below ``gossamer.algorithms``."""

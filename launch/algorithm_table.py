@@ -23,6 +23,10 @@ from gossamer.topologies import Topology, build
 __all__ = ["Row", "algorithm_table", "markdown"]
 
 _RANKS, _STEPS, _LOCAL_STEPS = 8, 4, 2
+_ORACLES = {
+    "row": {"name": "backprop"},
+    "directions": {"name": "zeroth-order", "directions": "own"},
+}
 _COLUMN_STOCHASTIC = [[i, (i + 1) % _RANKS] for i in range(_RANKS)] + [[0, 3], [2, 6]]
 
 
@@ -34,9 +38,9 @@ class Row:
         name: as in YAML.
         source: arXiv id, or empty.
         file: where it stands.
-        state: the tensors it keeps per rank, with their length in units of d.
+        state: the tensors it keeps per rank, with their length.
         messages: sent per rank and step, on a ring of 8.
-        elements: sent per rank and step on a ring of 8, in units of d.
+        elements: sent per rank and step on a ring of 8, in parameters' size.
         graphs: the kinds of W it admits.
     """
 
@@ -45,7 +49,7 @@ class Row:
     file: str
     state: tuple[str, ...]
     messages: float
-    elements: float
+    elements: str
     graphs: tuple[str, ...]
 
 
@@ -68,7 +72,7 @@ def markdown(rows: list[Row]) -> str:
     ]
     lines += [
         f"| [`{r.name}`]({r.file}) | {r.source} | {', '.join(r.state)} | {r.messages:g} "
-        f"| {r.elements:.3g} d | {', '.join(r.graphs)} |"
+        f"| {r.elements} | {', '.join(r.graphs)} |"
         for r in rows
     ]
     return "\n".join(lines)
@@ -76,12 +80,14 @@ def markdown(rows: list[Row]) -> str:
 
 def _row(name: str) -> Row:
     cls = find("algorithm", name)
+    assert issubclass(cls, Algorithm), cls
+    exchanges = "row" if "row" in cls.takes else "directions"
     section: dict[str, object] = {"name": name}
     if "local_steps" in cls.model_fields:
         section["local_steps"] = _LOCAL_STEPS
     values: dict[str, object] = {
         "task": {"name": "breast-cancer", "model": "linear"},
-        "oracle": {"name": "backprop", "batch_size": 4},
+        "oracle": {"batch_size": 4, **_ORACLES[exchanges]},
         "algorithm": section,
         "steps": _STEPS,
         "ranks": _RANKS,
@@ -92,31 +98,46 @@ def _row(name: str) -> Row:
     comm = Communicator(experiment.topology, StackedTransport(), steps=_STEPS)
     problem = experiment.task.build(_RANKS, 0)
     program = TrainingProgram(comm, problem, experiment.oracle(), experiment.algorithm).start()
+    if exchanges == "directions":
+        _run(program)  # until as many records are under way as later
     comm.traffic.bytes_sent[:] = 0  # a start-up exchange is not a step's
     comm.traffic.messages_sent[:] = 0
-    for _ in range(_STEPS):
-        program.step()
-        comm.step += 1
-        comm.round += program.rounds_per_step
+    _run(program)
     module = sys.modules[cls.__module__]
     source = re.search(r"arXiv:(\d+\.\d+)", f"{cls.__doc__} {module.__doc__}")
-    itemsize = program.layout.dtype.itemsize
+    parameter_bytes = program.layout.dtype.itemsize
+    elements = float(comm.traffic.bytes_sent.mean()) / _STEPS / parameter_bytes
+    d = program.layout.d if exchanges == "row" else None  # numbers do not grow with d
     return Row(
         name=name,
         source=source.group(1) if source else "",
         file="/".join(Path(str(module.__file__)).parts[-3:]),
-        state=_state(program),
+        state=_state(program, d),
         messages=float(comm.traffic.messages_sent.mean()) / _STEPS,
-        elements=float(comm.traffic.bytes_sent.mean()) / _STEPS / itemsize / program.layout.d,
+        elements=_length(elements, d),
         graphs=tuple(kind for kind, graph in _graphs() if _admits(experiment.algorithm, graph)),
     )
 
 
-def _state(program: TrainingProgram) -> tuple[str, ...]:
+def _run(program: TrainingProgram) -> None:
+    for _ in range(_STEPS):
+        program.step()
+        program.comm.step += 1
+        program.comm.round += program.rounds_per_step
+
+
+def _state(program: TrainingProgram, d: int | None) -> tuple[str, ...]:
     tensors, _ = flatten(program.state)
-    row_bytes = program.layout.d * program.layout.dtype.itemsize
-    sizes = {name: t[0].nbytes / row_bytes for name, t in tensors.items()}  # packed bytes too
-    return tuple(name if size == 1 else f"{name} ({size:.3g} d)" for name, size in sizes.items())
+    parameter_bytes, row = program.layout.dtype.itemsize, program.layout.d
+    sizes = {name: t[0].nbytes / parameter_bytes for name, t in tensors.items()}  # packed bytes too
+    return tuple(
+        name if size == row else f"{name} ({_length(size, d)})" for name, size in sizes.items()
+    )
+
+
+def _length(elements: float, d: int | None) -> str:
+    """Return a number of elements, in units of d where it is given."""
+    return f"{elements:g}" if d is None else f"{elements / d:.3g} d"
 
 
 def _graphs() -> list[tuple[str, Topology]]:

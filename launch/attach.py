@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gossamer.algorithms.conditions import require_form
 from gossamer.algorithms.problems import Batches
 from gossamer.algorithms.protocols import Algorithm
 from gossamer.launch.attach_adapters import GivenGradient, find_algorithm
@@ -362,7 +361,7 @@ class _Part:
         x.copy_(comm.broadcast(x, root=0, count=False))
         self._oracle = GivenGradient()
         self._oracle.give(self)
-        require_form(algorithm, self._oracle)
+        algorithm.require(self._oracle)
         self.state = algorithm.init(comm, self._oracle, x, _NO_BATCHES)
         self._bind()
 

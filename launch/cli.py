@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gossamer import __version__
-from gossamer.launch.commands import analyze, bench, topology
+from gossamer.launch.commands import analyze, bench, topology, zo
 from gossamer.launch.commands.algorithms import algorithms
 from gossamer.launch.commands.doctor import doctor
 from gossamer.launch.commands.plan import plan
@@ -85,6 +85,7 @@ app.command()(plan)
 app.add_typer(topology.app, name="topology")
 app.add_typer(bench.app, name="bench")
 app.add_typer(analyze.app, name="analyze")
+app.add_typer(zo.app, name="zo")
 app.command()(submit)
 app.command()(doctor)
 app.command()(reproduce)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, Strict, create_model
 
 from gossamer import topologies
-from gossamer.algorithms.conditions import require_form
 from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.problems import Task
 from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
@@ -117,8 +116,8 @@ class Experiment:
                 section = {**section, "objective": wish}
             found = _component("oracle", section, Oracle, inner=found)
         assert found is not None
-        require_form(self.algorithm, found)
         found.adapt(self.algorithm)
+        self.algorithm.require(found)
         return found
 
     def oracle_sections(self) -> list[Section]:

@@ -172,10 +172,11 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _require_same_graph(checkpoint: Checkpoint, experiment: Experiment) -> None:
     """Refuse another W where the algorithm's state is tied to the one it was made with."""
     before = checkpoint.meta.get("topology")
-    if before in (None, experiment.topology.digest()) or not needs_static(experiment.algorithm):
+    tied = experiment.algorithm.follows_graph or needs_static(experiment.algorithm)
+    if before in (None, experiment.topology.digest()) or not tied:
         return
     raise ConfigError(
-        f"topology: {experiment.algorithm.name} needs one fixed graph from its first step on, and "
+        f"topology: {experiment.algorithm.name} needs the same graph from its first step on, and "
         f"{checkpoint.folder} was written on another than {experiment.topology.name}; resume with "
         "the topology of its config.yaml, or take another algorithm, such as dsgd, in a new run"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -26,6 +27,7 @@ from gossamer.launch.agreement import (
 from gossamer.launch.comparison import experiments_of, ranks_of, variants_of
 from gossamer.launch.config import Experiment, RunConfig
 from gossamer.launch.processes import end_with_torchrun
+from gossamer.launch.record_log import RecordLog, open_log
 from gossamer.launch.recorder import Recorder, check_tensorboard, to_json, write_whole, writing
 from gossamer.launch.resume import Resumption, resume_from
 from gossamer.launch.run_folder import make_folder, prepare_folder
@@ -202,7 +204,7 @@ def _run_one(
     )
     comm.traffic.tracing = config.trace
     recorder = Recorder(folder, title, config.steps, leader=leader, tensorboard=config.tensorboard)
-    program, resumption, error = None, None, None
+    program, resumption, records, error = None, None, None, None
     try:  # each by itself: nothing here waits for another process
         if config.tensorboard:
             check_tensorboard()
@@ -223,11 +225,12 @@ def _run_one(
             resumption.apply()
         if leader:
             prepare_folder(folder, experiment, comm.step, recorder)
+            records = open_log(folder, experiment, comm, program, checkpoint)
     except (ConfigError, TopologyError) as failure:
         error = failure
     raise_together(transport, error, config.timeout_s)
     try:
-        _train(experiment, comm, program, recorder, folder)
+        _train(experiment, comm, program, recorder, folder, records)
     except (ConfigError, TopologyError) as failure:
         if transport.processes == 1:
             raise
@@ -240,11 +243,14 @@ def _train(
     program: TrainingProgram,
     recorder: Recorder,
     folder: Path,
+    records: RecordLog | None,
 ) -> None:
     config = experiment.config
     options = _options(config)
 
     def save_checkpoint() -> None:
+        if records is not None:
+            records.sync()  # it must reach as far as the checkpoint
         tensors, scalars = program.snapshot()
         meta = {
             "round": comm.round,
@@ -256,7 +262,7 @@ def _train(
         where = folder / "checkpoints"
         save(where, comm, tensors, scalars, program.mean(), meta, keep=config.keep_checkpoints)
 
-    with terminations() as stop, recorder:
+    with terminations() as stop, recorder, records or contextlib.nullcontext():
         run_loop(comm, program, options, log=recorder.log, save=save_checkpoint, stop=stop)
     if config.trace:
         from gossamer.launch.trace import write_trace

@@ -7,7 +7,7 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from time import perf_counter
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.errors import RoundMismatch
 from gossamer.runtime.exchange import ExchangePlan, plan_exchange
 from gossamer.runtime.hierarchical import ShardedPlan, machine_of
-from gossamer.runtime.messages import Messages, RaggedMessages
+from gossamer.runtime.messages import Edge, Messages, RaggedMessages
 from gossamer.runtime.native import AveragePlan, weighted_sum
 from gossamer.runtime.random import Random, Stream
 from gossamer.runtime.rows import empty_rows, rows_overlap
@@ -217,6 +217,47 @@ class Communicator(RankGroup):
             target=torch.from_numpy(plan.targets),
             weight=torch.from_numpy(plan.weights.copy()),
         )
+
+    def neighbor_all_to_all(
+        self, messages: Mapping[Edge, Tensor], received: Mapping[Edge, Tensor]
+    ) -> None:
+        """Send a message of its own over each edge of round t, where there is something to say.
+
+        Both ends know how long a message is, so no lengths travel.
+
+        Args:
+            messages: (source, target) -> (m,) contiguous, of hosted sources; kept.
+            received: (source, target) -> where to write, (m,), of hosted targets: an entry for each
+                message to them, of its length and dtype.
+
+        Raises:
+            ValueError: an edge is not one of round t, or does not begin or end here, or only one
+                end knows of a message between hosted ranks; nothing was sent.
+        """
+        self._plan_now()  # the processes agree on round t
+        round_ = self.topology.round(self._place_in_schedule())
+        for edges, others, end in ((messages, received, 0), (received, messages, 1)):
+            for edge in edges:
+                if edge[end] not in self.ranks or edge[0] not in round_.recv(edge[1])[0]:
+                    raise ValueError(f"neighbor_all_to_all: no edge {edge} at ranks {self.ranks}")
+                if edge[1 - end] in self.ranks and edge not in others:
+                    raise ValueError(f"neighbor_all_to_all: one end of {edge} has no message")
+        sends = []
+        for edge in sorted(messages):  # both ends of a pair of processes keep this order
+            message, (source, target) = messages[edge], edge
+            row = source - self.ranks.start
+            self.traffic.bytes_sent[row] += message.nbytes
+            self.traffic.messages_sent[row] += 1
+            if target in self.ranks:
+                received[edge].copy_(message)
+            else:
+                sends.append((self.placement.owner_of(target), message))
+        receives = [
+            (self.placement.owner_of(edge[0]), received[edge])
+            for edge in sorted(received)
+            if edge[0] not in self.ranks
+        ]
+        self._exchange(sends, receives, self._where("neighbor_all_to_all"))
 
     def _check_ragged(self, rows: Sequence[Tensor]) -> None:
         dtypes = {row.dtype for row in rows}

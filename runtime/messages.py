@@ -10,7 +10,10 @@ from torch import Tensor
 
 from gossamer.runtime.native import Terms, weighted_sum
 
-__all__ = ["Messages", "RaggedMessages"]
+__all__ = ["Edge", "Messages", "RaggedMessages"]
+
+Edge = tuple[int, int]
+"""(source, target), two ranks."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ here, so that the bits of a row do not depend on how many rows stand together.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -170,3 +171,11 @@ class RowLayout:
     def values(self, row: Tensor) -> Tensor:
         """Return the parameters of ``row`` (d,) without padding, (size,)."""
         return torch.cat([row[s.begin : s.end] for s in self.slices])
+
+    def digest(self, row: Tensor) -> bytes:
+        """Return the SHA-256 of the parameters of ``row`` (d,), padding skipped."""
+        state = hashlib.sha256()
+        for s in self.slices:
+            values = row[s.begin : s.end].detach().cpu().contiguous()
+            state.update(values.view(torch.uint8).numpy().data)
+        return state.digest()

@@ -44,6 +44,10 @@ class AllReduce(Algorithm):
         """Take any graph: it is not used."""
         return topology
 
+    def mean_delay(self, topology: Topology) -> int:
+        """Return 0: a mean is applied in the step that makes it."""
+        return 0
+
     def init(
         self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches
     ) -> AllReduceState:
@@ -60,6 +64,8 @@ class AllReduce(Algorithm):
             if mean is None:
                 skipped += 1
                 continue
+            if not isinstance(mean, Tensor):
+                self._tell(mean)
             self.optimizer.apply_(state.optimizer, state.x, mean, comm, estimate.mean_origin)
         figures = {"loss": estimate.loss, **estimate.metrics}
         return figures | {"skipped": float(skipped)} if skipped else figures

@@ -54,6 +54,11 @@ class Probes:
     distribution: Distribution = "normal"
     mask: Mask | None = None
 
+    @property
+    def numbers(self) -> list[list[int]]:
+        """Per rank of the whole run, the numbers of its probes."""
+        return [[a.number for a in along] for along in self.along]
+
     def mean(self, comm: Communicator) -> Probes | None:
         """Return the mean over ranks; None where some rank's numbers are not finite.
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -164,6 +164,21 @@ class ZerothOrder(ModuleOracle):
             )
         log.info("zeroth order: the loss takes parameters past their layers, so rows are copied")
         return None
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """What makes its directions; None where they are no new ones of whole rows each step."""
+        if self.pool is not None or self.blocks != "none" or self.first_order:
+            return None
+        return {
+            "seed": self._seed,
+            "distribution": self._elements,
+            "eps": self.eps,
+            "sparsity": self.sparsity,
+            "mask_interval": self.mask_interval,
+            "directions": self.directions,
+            "queries": self.queries,
+        }
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ import yaml
 from gossamer.algorithms.registry import REGISTRY, find
 
 RANKS, STEPS = 8, 4
+OWN_DIRECTIONS = {"name": "zeroth-order", "directions": "own", "batch_size": 5}
 
 
 def every_algorithm() -> dict[str, dict]:
@@ -23,6 +24,8 @@ def every_algorithm() -> dict[str, dict]:
         if "local_steps" in fields:
             section["local_steps"] = 2
         runs[name] = {"algorithm": section}
+        if "row" not in find("algorithm", name).takes:
+            runs[name]["oracle"] = OWN_DIRECTIONS
         if fields["optimizer"].is_required():
             runs[name]["optimizer"] = {"name": "sgd", "lr": 0.1}
         if name in ("sgp", "push-diging"):

@@ -330,7 +330,7 @@ def test_a_state_that_is_tied_to_its_graph_is_refused_on_another(tmp_path, capsy
     assert go(tmp_path, tmp_path / "new", resume=tmp_path / "out", settings=other) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1, err
-    for word in ("topology", "d2", "one fixed graph", "config.yaml"):
+    for word in ("topology", "d2", "the same graph", "config.yaml"):
         assert word in err
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import on_processes
 
 from gossamer.runtime import Communicator, StackedTransport
 from gossamer.runtime.exchange import plan_exchange
@@ -194,6 +195,40 @@ def test_ragged_rows_are_checked_before_their_lengths_travel(rows, message):
     comm = Communicator(build("ring", 2), StackedTransport())
     with pytest.raises(ValueError, match=message):
         comm.neighbor_gather_ragged(rows)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("graph", ["ring", "directed_ring", "one_peer_exponential"])
+def test_each_edge_carries_a_message_of_its_own(graph, processes):
+    def message(source, target):
+        return torch.full((source + 2 * target + 1,), 10 * source + target, dtype=torch.int32)
+
+    def work(transport):
+        comm = Communicator(build(graph, 5), transport, timeout_s=30)
+        for comm.round in range(3):
+            round_ = comm.topology.round(comm.round)
+            edges = zip(round_.sources.tolist(), round_.targets.tolist(), strict=True)
+            edges = [e for e in edges if sum(e) % 3]  # the others have nothing to say
+            sent = {e: message(*e) for e in edges if e[0] in comm.ranks}
+            received = {e: torch.zeros_like(message(*e)) for e in edges if e[1] in comm.ranks}
+            before = comm.traffic.bytes_sent.sum(), comm.traffic.messages_sent.sum()
+            comm.neighbor_all_to_all(sent, received)
+            assert all(torch.equal(values, message(*e)) for e, values in received.items())
+            counted = sum(m.nbytes for m in sent.values()), len(sent)
+            assert comm.traffic.bytes_sent.sum() - before[0] == counted[0]
+            assert comm.traffic.messages_sent.sum() - before[1] == counted[1]
+
+    on_processes(processes, work)
+
+
+def test_messages_past_the_edges_or_known_to_one_end_are_refused():
+    comm, one = stacked("ring", 5), torch.ones(1)
+    with pytest.raises(ValueError, match=r"no edge \(0, 2\)"):
+        comm.neighbor_all_to_all({(0, 2): one}, {(0, 2): one})
+    for sent, received in (({(0, 1): one}, {}), ({}, {(0, 1): one})):
+        with pytest.raises(ValueError, match=r"one end of \(0, 1\) has no message"):
+            comm.neighbor_all_to_all(sent, received)
+    assert not comm.traffic.bytes_sent.any()
 
 
 def test_metrics_do_not_count_as_the_runs_bytes():
