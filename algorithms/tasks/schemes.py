@@ -262,7 +262,7 @@ def _attend_to_prefix(
     else:
         assert attention_mask is not None, "the mask function never skips"
         prefix = module.prefix
-        assert isinstance(prefix, nn.Parameter)
+        assert isinstance(prefix, Tensor)
         before = prefix.to(key)[:, None].expand(-1, len(key), -1, -1, -1)
         key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
         seen = (

@@ -18,6 +18,7 @@ from torch import nn
 from gossamer.algorithms.problems import Batch
 from gossamer.algorithms.registry import find
 from gossamer.algorithms.tasks.schemes import SchemeField
+from gossamer.algorithms.zeroth_order import transient as transient_module
 from gossamer.algorithms.zeroth_order.transient import TransientModule
 from gossamer.algorithms.zeroth_order.zeroth_order import ZerothOrder
 from gossamer.runtime import Communicator, ConfigError, RowLayout, StackedTransport
@@ -207,7 +208,7 @@ def test_the_start_is_a_function_of_the_seed(scheme):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_losses_of_moved_and_of_written_parameters_are_equal(kind, scheme):
+def test_losses_of_moved_and_of_written_parameters_are_equal(kind, scheme, monkeypatch):
     """So estimates need no copy of the row. Parameters that are 0, as B, are moved off it."""
     needs_peft(scheme)
     _, model = made(kind, scheme)
@@ -226,9 +227,13 @@ def test_losses_of_moved_and_of_written_parameters_are_equal(kind, scheme):
     start = loss()
     with transient.moved(lambda flat, pieces: add_(flat, pieces, *z)):
         moved = loss()
+    monkeypatch.setitem(transient_module._PART, "cpu", 32)  # most layers go in parts
+    with transient.moved(lambda flat, pieces: add_(flat, pieces, *z)):
+        in_parts = loss()
     assert loss() == start
     layout.bind(model, perturb_(row.clone(), layout, *z))
     assert moved == pytest.approx(loss(), rel=1e-5)
+    assert in_parts == pytest.approx(loss(), rel=1e-5)
     assert abs(moved - start) > 1e-4 * start
 
 
