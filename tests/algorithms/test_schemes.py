@@ -275,7 +275,7 @@ def test_an_estimate_moves_what_is_trained_and_nothing_else(folder, scheme, monk
     batch = [Batch(problem.train[torch.from_numpy(shard[:4])]) for shard in problem.shards]
     estimate = oracle.deferred(x, batch)
     assert torch.equal(x, start)
-    estimate.grad.mean().add_to_(x, -0.01)
+    estimate.grad.mean(comm).add_to_(x, -0.01)
     assert torch.equal(x[0], x[1])
     for s, view in zip(layout.slices, layout.views(x[0] - start[0]), strict=True):
         assert view.all(), s.name
