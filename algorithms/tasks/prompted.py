@@ -126,7 +126,7 @@ class Prompted(HubTask):
 
     def _rows(self, splits: Mapping[str, Any], split: str, field: str, template: Template) -> Any:
         columns: dict[str, Iterable[str]] = {
-            "task.template": template.fields() - set(template.columns),
+            "task.template": sorted(template.fields() - set(template.columns)),
             "task.columns": template.columns.values(),
             "task.label": [template.label],
         }

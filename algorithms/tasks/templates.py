@@ -226,7 +226,7 @@ def find_template(
         raise ConfigError(
             "task.template: the candidate's place, {label}, must stand in the text once"
         )
-    for unknown in set(columns or {}) - fields:
+    for unknown in sorted(set(columns or {}) - fields):
         raise ConfigError(
             f"task.columns: the template has no field '{unknown}'{nearest(unknown, fields)}"
         )
