@@ -22,6 +22,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "huggingface": "tasks.huggingface:HuggingFace",
         "least-squares": "tasks.least_squares:LeastSquares",
         "mnist": "tasks.mnist:MNIST",
+        "prompted": "tasks.prompted:Prompted",
         "svmlight": "tasks.svmlight:SVMLight",
         "text": "tasks.text:Text",
         "wine": "tasks.bundled:Wine",

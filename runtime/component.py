@@ -67,6 +67,9 @@ def _is_number(annotation: Any) -> bool:
 
 
 def _explain(cls: type[BaseModel], error: Any, where: str) -> str:
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):  # of a section inside, which names its own field
+        return str(cause)
     field = ".".join([*([where] if where else []), *map(str, error["loc"])])
     if error["type"] == "extra_forbidden":
         return f"{field}: unknown field" + nearest(str(error["loc"][-1]), cls.model_fields)

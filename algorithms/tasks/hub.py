@@ -6,10 +6,12 @@ The packages are imported when first asked for: they are an extra, and slow to i
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -17,7 +19,7 @@ from gossamer.algorithms.tasks.files import find_data
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.runtime.errors import ConfigError
 
-__all__ = ["load_model", "load_splits", "load_tokenizer"]
+__all__ = ["load_model", "load_package", "load_splits", "load_tokenizer"]
 
 _READERS: dict[str, tuple[str, dict[str, str]]] = {
     ".json": ("json", {}),
@@ -27,27 +29,42 @@ _READERS: dict[str, tuple[str, dict[str, str]]] = {
     ".txt": ("text", {}),
     ".parquet": ("parquet", {}),
 }
+_TABLES = {".csv", ".tsv"}
 
 
-def load_splits(dataset: str, subset: str | None) -> dict[str, Any]:
+def load_splits(dataset: str, subset: str | None, header: Sequence[str] = ()) -> dict[str, Any]:
     """Return the splits of a dataset by name; a single file is the split ``train``.
 
     Args:
         dataset: a name on the hub, a folder or a file.
         subset: which configuration of the dataset, where it has several.
+        header: the columns of tables (.csv, .tsv) whose first line is a row already; each table of
+            a folder is then the split of its name.
 
     Raises:
-        ConfigError: it cannot be found or read.
+        ConfigError: it cannot be found or read, or ``header`` goes with no table.
     """
-    datasets = _package("datasets")
+    datasets = load_package("datasets")
     path = find_data(dataset)
     with _explained("task.dataset", dataset):
-        if path is not None and path.is_file():
-            suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-            if suffix not in _READERS:
-                raise ValueError(f"files must end in {', '.join(_READERS)}, or these with .gz")
-            reader, options = _READERS[suffix]
-            found = datasets.load_dataset(reader, data_files={"train": str(path)}, **options)
+        if path is not None and (path.is_file() or header):
+            files = {"train": path} if path.is_file() else _tables_of(path)
+            suffixes = {_suffix(file) for file in files.values()}
+            for suffix in suffixes - set(_READERS):
+                raise ValueError(
+                    f"files must end in {', '.join(_READERS)}, or these with .gz, not in '{suffix}'"
+                )
+            if header and (len(suffixes) != 1 or not suffixes <= _TABLES):
+                raise ConfigError(
+                    f"task.header: '{dataset}' is no table, nor a folder of .csv or of .tsv files; "
+                    "leave it out"
+                )
+            reader, options = _READERS[suffixes.pop()]
+            names = {"column_names": list(header)} if header else {}
+            places = {split: str(file) for split, file in files.items()}
+            found = datasets.load_dataset(reader, data_files=places, **options, **names)
+        elif header:
+            raise ConfigError(f"task.header: '{dataset}' is no local file or folder; leave it out")
         elif path is not None and any(
             (path / name).exists() for name in ("dataset_dict.json", "state.json")
         ):
@@ -63,7 +80,7 @@ def load_tokenizer(name: str, field: str) -> Any:
     Raises:
         ConfigError: it cannot be found or read; names ``field``.
     """
-    transformers = _package("transformers")
+    transformers = load_package("transformers")
     path = find_data(name)
     with _explained(field, name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path or name))
@@ -72,20 +89,29 @@ def load_tokenizer(name: str, field: str) -> Any:
     return tokenizer
 
 
-def load_model(auto: str, name: str, *, pretrained: bool, seed: int, **config: Any) -> nn.Module:
-    """Return a float32 model in training mode.
+def load_model(
+    auto: str,
+    name: str,
+    *,
+    pretrained: bool,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> nn.Module:
+    """Return a model in training mode.
 
     Args:
         auto: the class of ``transformers`` that chooses the model's, ``AutoModelFor...``.
         name: on the hub, or a folder.
         pretrained: whether the weights are the checkpoint's; a new head's are always fresh.
         seed: of fresh weights.
+        dtype: of the weights.
         config: changes to the model's configuration.
 
     Raises:
         ConfigError: it cannot be found or read, or has no such head.
     """
-    transformers = _package("transformers")
+    transformers = load_package("transformers")
     place = str(find_data(name) or name)
     with _explained("task.model", name), seeded(seed):
         settings = transformers.AutoConfig.from_pretrained(place, **config)
@@ -95,19 +121,33 @@ def load_model(auto: str, name: str, *, pretrained: bool, seed: int, **config: A
             model = make.from_pretrained(place, config=settings, use_safetensors=True)
         else:
             model = make.from_config(settings)
-    model = model.float().train()
+    model = model.to(dtype).train()
     assert isinstance(model, nn.Module)
     return model
 
 
-def _package(name: str) -> Any:
+def load_package(name: str) -> Any:
+    """Return a package of the extra ``huggingface``.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"task.name: huggingface needs the package '{name}' ({error}); "
-            "pip install 'gossamer[huggingface]'"
+            f"task: needs the package '{name}' ({error}); pip install 'gossamer[huggingface]'"
         ) from error
+
+
+def _tables_of(folder: Path) -> dict[str, Path]:
+    """Return the tables of a folder, each by its name without endings."""
+    files = sorted(file for file in folder.iterdir() if _suffix(file) in _TABLES)
+    return {file.name.partition(".")[0]: file for file in files}
+
+
+def _suffix(file: Path) -> str:
+    return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
 
 
 @contextmanager
@@ -115,9 +155,11 @@ def _explained(field: str, name: str) -> Iterator[None]:
     """Turn what the packages raise for a wrong name or a broken file into a ConfigError."""
     try:
         yield
+    except ConfigError:
+        raise
     except (
         *(OSError, ValueError, KeyError, RuntimeError, SafetensorError),
-        _package("datasets").exceptions.DatasetsError,
+        load_package("datasets").exceptions.DatasetsError,
     ) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(

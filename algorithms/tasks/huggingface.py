@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.problems import Dataset, Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset, hold_out
-from gossamer.algorithms.tasks.hub import load_model, load_splits, load_tokenizer
+from gossamer.algorithms.tasks.hub_task import HubTask
 from gossamer.algorithms.tasks.language import (
     Windows,
     count_masked_tokens,
@@ -21,8 +21,7 @@ from gossamer.algorithms.tasks.language import (
     next_token_loss,
 )
 from gossamer.algorithms.tasks.objectives import ClassificationLoss, count_right
-from gossamer.algorithms.tasks.partition import ShardedTask
-from gossamer.runtime.errors import ConfigError, nearest
+from gossamer.runtime.errors import ConfigError
 
 __all__ = ["HuggingFace"]
 
@@ -67,7 +66,7 @@ class _Logits(nn.Module):
         return logits
 
 
-class HuggingFace(ShardedTask):
+class HuggingFace(HubTask):
     """Train a `transformers` model on a `datasets` dataset; needs the extra `huggingface`.
 
     Language models see the texts one after another, cut into blocks of `context` tokens;
@@ -75,28 +74,11 @@ class HuggingFace(ShardedTask):
     """
 
     name: str = "huggingface"
-    model: str
-    """Name on the hub, or folder of a saved model."""
     kind: Literal["causal-lm", "masked-lm", "sequence-classification"] = "causal-lm"
     """What the model predicts: the next token, hidden tokens, or the class of a text."""
-    pretrained: bool = True
-    """Start from the checkpoint's weights; false: from fresh ones, a function of the seed."""
-    tokenizer: str | None = None
-    """Name or folder of the tokenizer; None: the model's."""
-    dataset: str
-    """Name on the hub, folder (of `save_to_disk`, or of data files), or one file: .json, .jsonl,
-    .csv, .tsv, .txt or .parquet. A relative path is looked for here and in GOSSAMER_DATA."""
-    subset: str | None = None
-    """Which configuration of the dataset, such as `wikitext-2-raw-v1`."""
-    train_split: str = "train"
-    """Which split to train on; a single file is `train`."""
-    test_split: str | None = None
-    """Which split to test on; None: `test_fraction` of the training examples."""
     test_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the training examples held out, chosen by the seed, where no `test_split` is
     named."""
-    rows: int | None = Field(None, ge=1, strict=True)
-    """Use only the first so many rows of each split; None: all."""
     text: str | tuple[str, str] = "text"
     """Column of the text, or the two columns of a pair."""
     label: str = "label"
@@ -128,10 +110,8 @@ class HuggingFace(ShardedTask):
             ConfigError: a package, model, dataset, split or column is missing, they do not fit
                 together, or there are fewer examples than ranks.
         """
-        tokenizer = load_tokenizer(
-            self.tokenizer or self.model, "task.tokenizer" if self.tokenizer else "task.model"
-        )
-        splits = load_splits(self.dataset, self.subset)
+        tokenizer = self.load_tokenizer()
+        splits = self.load_splits()
         rows = self._rows(splits, self.train_split, "task.train_split")
         names = self._class_names(rows)
         dataset, classes = self._examples(rows, names, tokenizer, seed)
@@ -152,22 +132,10 @@ class HuggingFace(ShardedTask):
     # --- rows -------------------------------------------------------------------------------
 
     def _rows(self, splits: dict[str, Any], split: str, field: str) -> Any:
-        if split not in splits:
-            raise ConfigError(
-                f"{field}: '{self.dataset}' has no split '{split}'{nearest(split, splits)}"
-            )
-        rows = splits[split]
-        wanted = {"task.text": self._text_columns()}
+        columns = {"task.text": self._text_columns()}
         if self.kind == "sequence-classification":
-            wanted["task.label"] = [self.label]
-        for column_field, columns in wanted.items():
-            for column in columns:
-                if column not in rows.column_names:
-                    raise ConfigError(
-                        f"{column_field}: '{self.dataset}' has no column '{column}'"
-                        f"{nearest(column, rows.column_names)}"
-                    )
-        return rows.select(range(min(self.rows or len(rows), len(rows))))
+            columns["task.label"] = [self.label]
+        return self.choose_rows(splits, split, field, columns)
 
     def _text_columns(self) -> list[str]:
         return [self.text] if isinstance(self.text, str) else list(self.text)
@@ -248,25 +216,8 @@ class HuggingFace(ShardedTask):
     # --- the model --------------------------------------------------------------------------
 
     def _module(self, tokenizer: Any, names: list[Any], seed: int) -> nn.Module:
-        model = load_model(
-            _KINDS[self.kind].auto,
-            self.model,
-            pretrained=self.pretrained,
-            seed=seed,
-            **({"num_labels": len(names)} if names else {}),
-        )
-        config: Any = model.config
-        config.pad_token_id = tokenizer.pad_token_id
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and self.context > longest:
-            raise ConfigError(
-                f"task.context: '{self.model}' takes at most {longest} tokens, got {self.context}"
-            )
-        if len(tokenizer) > config.vocab_size:
-            raise ConfigError(
-                f"task.tokenizer: has {len(tokenizer)} tokens, but '{self.model}' knows "
-                f"{config.vocab_size}; use the model's own"
-            )
+        classes: dict[str, Any] = {"num_labels": len(names)} if names else {}
+        model = self.load_model(_KINDS[self.kind].auto, tokenizer, seed, self.context, **classes)
         return _Logits(model, _inputs(tokenizer) if names else ("input_ids",))
 
 

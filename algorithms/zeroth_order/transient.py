@@ -54,6 +54,7 @@ class TransientModule:
         self._own = {id(p): _Own(p, s) for p, s in pairs}
         self._layers = list(self._find(module))
         self._shift: Shift = lambda flat, pieces: None
+        self._inside: set[int] = set()
 
     def _find(self, module: nn.Module) -> Iterator[tuple[nn.Module, list[_Own]]]:
         """Yield the modules during whose forward parameters move, and these."""
@@ -127,10 +128,10 @@ class TransientModule:
                     layer.forward = forward
                     undo.append(partial(layer.__dict__.pop, "forward"))
                 else:
-                    kept: list[Tensor] = []
+                    kept: list[tuple[_Own, Tensor]] = []
                     before = layer.register_forward_pre_hook(partial(self._enter, owned, kept))
                     after = layer.register_forward_hook(
-                        partial(self._leave, owned, kept), always_call=True
+                        partial(self._leave, kept), always_call=True
                     )
                     undo += [before.remove, after.remove]
             yield
@@ -144,20 +145,25 @@ class TransientModule:
         weight: Any = layer.weight
         return id(weight) in self._own and weight.numel() > part
 
-    def _enter(self, owned: list[_Own], kept: list[Tensor], *_: Any) -> None:
+    def _enter(self, owned: list[_Own], kept: list[tuple[_Own, Tensor]], *_: Any) -> None:
         for own in owned:
-            kept.append(own.p.data)
-            own.p.data = self._scratch(own, own.p.data)
+            # A module around this one may have the parameter too (BERT's output bias).
+            if id(own.p) not in self._inside:
+                kept.append((own, own.p.data))
+                own.p.data = self._scratch(own, own.p.data)
+                self._inside.add(id(own.p))
 
-    def _leave(self, owned: list[_Own], kept: list[Tensor], *_: Any) -> None:
-        for own, data in zip(owned, kept, strict=False):  # an error may come in between
+    def _leave(self, kept: list[tuple[_Own, Tensor]], *_: Any) -> None:
+        for own, data in kept:  # an error may have come in between
             own.p.data = data
+            self._inside.discard(id(own.p))
         kept.clear()
 
     def _scratch(self, own: _Own, values: Tensor, begin: int = 0) -> Tensor:
         """Return moved ``values``, elements ``begin``.. of a parameter, in new memory."""
         copy = values.detach().clone(memory_format=torch.contiguous_format)
-        self._shift(copy.view(-1), [Piece(0, copy.numel(), begin, own.place.tensor)])
+        if id(own.p) not in self._inside:
+            self._shift(copy.view(-1), [Piece(0, copy.numel(), begin, own.place.tensor)])
         return copy
 
     def _moved(self, p: Tensor | None) -> Tensor | None:
@@ -189,7 +195,8 @@ class TransientModule:
             Piece(at * width, width, token * width, own.place.tensor)
             for at, token in enumerate(found.tolist())
         ]
-        self._shift(table.view(-1), pieces)
+        if id(layer.weight) not in self._inside:
+            self._shift(table.view(-1), pieces)
         return table[place]
 
 
