@@ -3,9 +3,8 @@
 Each layer's parameters are moved into scratch memory and dropped again while the layer computes, so
 that nothing has to be restored and nothing can drift: adding and subtracting z in place loses up to
 a rounding each time, which ruins a model of 16-bit parameters (arXiv:2305.17333, Algorithm 1, works
-in place). Linear layers go through one scratch, large ones part by part, and of embeddings the rows
-that are looked up: scratch that is used again is in the cache, and new memory costs as much time as
-the move itself.
+in place). A linear layer goes through scratch part by part, which is its memory while it computes
+and nobody's after; of embeddings the rows that are looked up are moved.
 
 Shapes: a weight is (q, p), or a table of q rows.
 """
@@ -58,7 +57,6 @@ class TransientModule:
         self._layers = list(self._find(module))
         self._shift: Shift = lambda flat, pieces, source: None
         self._moving = self._own
-        self._buffer: Tensor | None = None
 
     def _find(self, module: nn.Module) -> Iterator[tuple[nn.Module, list[_Own]]]:
         """Yield the modules during whose forward parameters move, and these."""
@@ -142,7 +140,6 @@ class TransientModule:
         finally:
             for back in undo:
                 back()
-            self._buffer = None
 
     def _goes_in_parts(self, layer: nn.Module) -> bool:
         if type(layer) not in _PARTED or getattr(layer, "max_norm", None) is not None:
@@ -177,10 +174,10 @@ class TransientModule:
         own, bias = self._own[id(layer.weight)], self._moved(layer.bias)
         (q, p), flat = layer.weight.shape, layer.weight.data.view(-1)
         rows = max(1, _PART[flat.device.type] // p)
-        out = None
+        memory, out = flat.new_empty(min(rows, q) * p), None
         for begin in range(0, q, rows):
             end = min(q, begin + rows)
-            scratch = self._scratch(flat, (end - begin) * p)
+            scratch = memory[: (end - begin) * p]
             self._shift(scratch, [Piece(0, len(scratch), begin * p, own.place.tensor)], flat)
             found = F.linear(h, scratch.view(-1, p), None if bias is None else bias[begin:end])
             if rows >= q:
@@ -190,13 +187,6 @@ class TransientModule:
             out[..., begin:end] = found
         assert out is not None, "a weight has rows"
         return out
-
-    def _scratch(self, like: Tensor, count: int) -> Tensor:
-        """Return ``count`` elements of the memory that all linear layers use, one at a time."""
-        kept = self._buffer
-        if kept is None or len(kept) < count or kept.dtype != like.dtype:
-            kept = self._buffer = like.new_empty(count)
-        return kept[:count]
 
     def _embedding(self, layer: nn.Embedding, tokens: Tensor) -> Tensor:
         own, width = self._own[id(layer.weight)], layer.embedding_dim

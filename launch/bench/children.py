@@ -14,6 +14,8 @@ from gossamer.runtime import ConfigError
 
 __all__ = ["held_by", "peak_of", "started"]
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
 
 def started(bench: str, n: int, target: Callable[..., int], *arguments: Any) -> Any:
     """Return what ``target(*arguments, file)`` in n processes wrote to the file as JSON.
@@ -49,11 +51,14 @@ def peak_of(work: Callable[[], object]) -> float:
 def held_by(build: Callable[[], Callable[[], object]]) -> float:
     """Return how many bytes more than now are resident when what ``build`` returns needs most.
 
-    What building alone needs does not count: free memory goes back to the system after it.
+    What building alone needs does not count. Every allocation of 64 KiB or more is given back to
+    the system when it is freed, so that what is resident is what is in use.
     """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     before = _resident("VmRSS")
     work = build()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     work()
     return _resident("VmHWM") - before
