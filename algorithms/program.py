@@ -72,7 +72,8 @@ class TrainingProgram:
         comm, oracle, problem = self.comm, self.oracle, self.problem
         x = comm.alloc(self.layout.d, self.layout.dtype)
         if parameters is None:
-            x[:] = self.layout.gather(problem.module, torch.empty_like(x[0]))
+            self.layout.adopt(problem.module, x[0])
+            x[1:] = x[0]
         else:
             for s, view in zip(self.layout.slices, self.layout.views(x[0]), strict=True):
                 view.copy_(parameters[s.name])

@@ -107,12 +107,12 @@ void bind_random(nb::module_& m) {
   m.def(
       "add_random",
       [](const std::vector<PieceTuple>& pieces, int dtype, const DirectionTuple& direction,
-         double a, std::size_t num_threads) {
+         double a, std::uintptr_t source, std::size_t num_threads) {
         nb::gil_scoped_release release;
         gossamer::add_random(to_pieces(pieces), static_cast<Dtype>(dtype), to_direction(direction),
-                             a, num_threads);
+                             a, source, num_threads);
       },
-      "pieces"_a, "dtype"_a, "direction"_a, "a"_a, "num_threads"_a);
+      "pieces"_a, "dtype"_a, "direction"_a, "a"_a, "source"_a, "num_threads"_a);
   m.def(
       "subtract_random",
       [](const std::vector<PieceTuple>& pieces, int dtype, const std::vector<TermTuple>& terms,
@@ -157,12 +157,12 @@ void bind_random(nb::module_& m) {
   m.def(
       "add_random_cuda",
       [](const std::vector<PieceTuple>& pieces, int dtype, const DirectionTuple& direction,
-         double a, std::uintptr_t stream) {
+         double a, std::uintptr_t source, std::uintptr_t stream) {
         nb::gil_scoped_release release;
         gossamer::add_random_cuda(to_pieces(pieces), static_cast<Dtype>(dtype),
-                                  to_direction(direction), a, pointer<void>(stream));
+                                  to_direction(direction), a, source, pointer<void>(stream));
       },
-      "pieces"_a, "dtype"_a, "direction"_a, "a"_a, "stream"_a);
+      "pieces"_a, "dtype"_a, "direction"_a, "a"_a, "source"_a, "stream"_a);
   m.def(
       "subtract_random_cuda",
       [](const std::vector<PieceTuple>& pieces, int dtype, const std::vector<TermTuple>& terms,

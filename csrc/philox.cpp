@@ -76,9 +76,9 @@ void fill_random(std::span<const Piece> pieces, Dtype dtype, const Direction& di
 }
 
 void add_random(std::span<const Piece> pieces, Dtype dtype, const Direction& direction, double a,
-                std::size_t num_threads) {
+                std::uintptr_t source, std::size_t num_threads) {
   for_parts(pieces, dtype, num_threads,
-            [&](const Piece& part) { kernels().add(part, dtype, direction, a); });
+            [&](const Piece& part) { kernels().add(part, dtype, direction, a, source); });
 }
 
 void subtract_random(std::span<const Piece> pieces, Dtype dtype,

@@ -172,14 +172,20 @@ __global__ void fill_kernel(Piece piece, Direction direction) {
 }
 
 template <typename T>
-__global__ void add_kernel(Piece piece, Direction direction, Accumulator<T> a) {
+__global__ void add_kernel(Piece piece, Direction direction, Accumulator<T> a, const T* y) {
   using Acc = Accumulator<T>;
-  change_quads<T, true>(piece, [&](std::uint64_t quad, T* x) {
+  T* x = reinterpret_cast<T*>(piece.address);
+  const bool aligned =
+      quads_aligned<T>(piece.address, piece.begin) &&
+      quads_aligned<T>(reinterpret_cast<std::uintptr_t>(y), piece.begin);
+  for_quads(piece, [&](std::uint64_t quad, const Place& place) {
+    Quad<T> values = read_quad(y, place, aligned);
     float z[4];
     draw(direction, piece.c1, quad, z);
     for (int i = 0; i < 4; ++i) {
-      x[i] = narrow<T>(multiply_add(a, static_cast<Acc>(z[i]), widen(x[i])));
+      values.at[i] = narrow<T>(multiply_add(a, static_cast<Acc>(z[i]), widen(values.at[i])));
     }
+    write_quad(x, place, aligned, values);
   });
 }
 
@@ -340,11 +346,13 @@ void fill_random_cuda(std::span<const Piece> pieces, Dtype dtype, const Directio
 }
 
 void add_random_cuda(std::span<const Piece> pieces, Dtype dtype, const Direction& direction,
-                     double a, void* cuda_stream) {
+                     double a, std::uintptr_t source, void* cuda_stream) {
   const auto stream = static_cast<cudaStream_t>(cuda_stream);
   for_pieces(pieces, dtype, "add_kernel", [&]<typename T>(T*, const Piece& piece, unsigned blocks) {
+    const T* y = source == 0 ? reinterpret_cast<const T*>(piece.address)
+                             : reinterpret_cast<const T*>(source) + piece.begin;
     add_kernel<T>
-        <<<blocks, kThreads, 0, stream>>>(piece, direction, static_cast<Accumulator<T>>(a));
+        <<<blocks, kThreads, 0, stream>>>(piece, direction, static_cast<Accumulator<T>>(a), y);
   });
 }
 

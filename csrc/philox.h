@@ -91,9 +91,10 @@ void normals_of_words(const std::uint32_t* words, std::size_t n, float* out);
 // x = z.
 void fill_random(std::span<const Piece> pieces, Dtype dtype, const Direction& direction,
                  std::size_t num_threads);
-// x = fma(a, z, x), rounded once, then to the dtype.
+// x = fma(a, z, y), rounded once, then to the dtype. y is x; where `source` is not 0, the same
+// elements of the tensor that begins there, which the pieces do not overlap.
 void add_random(std::span<const Piece> pieces, Dtype dtype, const Direction& direction, double a,
-                std::size_t num_threads);
+                std::uintptr_t source, std::size_t num_threads);
 // s = 0; for each term in order s = fma(coefficient, z, s); x = (x - s) - (decay * x), each
 // operation rounded.
 void subtract_random(std::span<const Piece> pieces, Dtype dtype,

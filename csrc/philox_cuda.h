@@ -19,7 +19,7 @@ void fill_words_cuda(std::uint32_t* out, std::size_t n, std::uint64_t begin, con
 void fill_random_cuda(std::span<const Piece> pieces, Dtype dtype, const Direction& direction,
                       void* cuda_stream);
 void add_random_cuda(std::span<const Piece> pieces, Dtype dtype, const Direction& direction,
-                     double a, void* cuda_stream);
+                     double a, std::uintptr_t source, void* cuda_stream);
 void subtract_random_cuda(std::span<const Piece> pieces, Dtype dtype,
                           std::span<const ScaledDirection> terms, double decay, void* cuda_stream);
 void release_sum_cuda(std::span<const Piece> pieces, Dtype dtype, const Release& release,

@@ -27,17 +27,17 @@ void write_tile(const float* z, std::size_t len, T* x) {
   for (; i < len; ++i) store_one<T, Acc>(x + i, static_cast<Acc>(z[i]));
 }
 
-// x = fma(a, z, x).
+// x = fma(a, z, y).
 template <typename T>
-void add_tile(Accumulator<T> a, const float* z, std::size_t len, T* x) {
+void add_tile(Accumulator<T> a, const float* z, std::size_t len, const T* y, T* x) {
   using Acc = Accumulator<T>;
   const Vec<Acc> scale = Vec<Acc>{} + a;
   std::size_t i = 0;
   for (; i + kLanes<Acc> <= len; i += kLanes<Acc>) {
-    store<T, Acc>(x + i, fused(scale, load<float, Acc>(z + i), load<T, Acc>(x + i)));
+    store<T, Acc>(x + i, fused(scale, load<float, Acc>(z + i), load<T, Acc>(y + i)));
   }
   for (; i < len; ++i) {
-    store_one<T, Acc>(x + i, std::fma(a, static_cast<Acc>(z[i]), load_one<T, Acc>(x + i)));
+    store_one<T, Acc>(x + i, std::fma(a, static_cast<Acc>(z[i]), load_one<T, Acc>(y + i)));
   }
 }
 
@@ -164,15 +164,17 @@ void fill(const Piece& piece, Dtype dtype, const Direction& direction) {
   });
 }
 
-void add(const Piece& piece, Dtype dtype, const Direction& direction, double a) {
+void add(const Piece& piece, Dtype dtype, const Direction& direction, double a,
+         std::uintptr_t source) {
   Draws draws(direction, piece.c1);
   alignas(64) float z[kTile];
   as_type(dtype, [&]<typename T>(T*) {
     T* x = reinterpret_cast<T*>(piece.address);
+    const T* y = source == 0 ? x : reinterpret_cast<const T*>(source) + piece.begin;
     for_tiles(piece.n, piece.begin,
               [&](std::uint64_t first, std::size_t at, std::size_t skip, std::size_t len) {
                 draws.tile(first, z);
-                add_tile(static_cast<Accumulator<T>>(a), z + skip, len, x + at);
+                add_tile(static_cast<Accumulator<T>>(a), z + skip, len, y + at, x + at);
               });
   });
 }

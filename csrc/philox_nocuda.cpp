@@ -16,7 +16,10 @@ void fill_words_cuda(std::uint32_t*, std::size_t, std::uint64_t, const Stream&, 
 
 void fill_random_cuda(std::span<const Piece>, Dtype, const Direction&, void*) { refuse(); }
 
-void add_random_cuda(std::span<const Piece>, Dtype, const Direction&, double, void*) { refuse(); }
+void add_random_cuda(std::span<const Piece>, Dtype, const Direction&, double, std::uintptr_t,
+                     void*) {
+  refuse();
+}
 
 void subtract_random_cuda(std::span<const Piece>, Dtype, std::span<const ScaledDirection>, double,
                           void*) {

@@ -166,6 +166,7 @@ def add_(
     scale: float,
     distribution: Distribution = "normal",
     mask: Mask | None = None,
+    source: Tensor | None = None,
 ) -> Tensor:
     """``perturb_`` of any parts of a row's tensors, gathered in ``flat``.
 
@@ -178,15 +179,18 @@ def add_(
         scale: of z.
         distribution: of every element of z.
         mask: which elements of z are 0; None for none.
+        source: (k,), one whole tensor: what the pieces held is forgotten, and its elements are
+            moved in their place, in the same pass. It does not overlap ``flat``.
 
     Returns:
         ``flat``.
 
     Raises:
-        ValueError: as ``direction_``.
+        ValueError: as ``direction_``; a piece is not inside ``source``.
         RuntimeError: as ``direction_``.
     """
-    return native.add_random(flat, pieces, _direction(seed, step, probe, distribution, mask), scale)
+    z = _direction(seed, step, probe, distribution, mask)
+    return native.add_random(flat, pieces, z, scale, source)
 
 
 def update_(

@@ -156,6 +156,20 @@ class RowLayout:
             view.copy_(p.detach())
         return row
 
+    def adopt(self, module: nn.Module, row: Tensor) -> Tensor:
+        """Move the module's parameters into ``row`` (d,), of which they are views from now on.
+
+        Their own memory is given back one by one: a large module need not fit in twice.
+        """
+        done = 0
+        for s, p in zip(self.slices, self.parameters(module), strict=True):
+            row[done : s.begin].zero_()
+            done = s.end
+            view = row[s.begin : s.end].view(s.shape)
+            p.data = view.copy_(p.detach())
+        row[done:].zero_()
+        return row
+
     def bind(self, module: nn.Module, row: Tensor, grad: Tensor | None = None) -> None:
         """Make the module's parameters views of ``row``, and their gradients of ``grad``."""
         grads = self.views(grad) if grad is not None else iter([None] * len(self.slices))

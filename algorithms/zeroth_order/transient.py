@@ -1,9 +1,10 @@
 """A module that computes at x + scale z while its parameters stay at x.
 
-Each layer's parameters are copied to scratch memory, moved there and dropped again while the layer
-computes, so that nothing has to be restored and nothing can drift: adding and subtracting z in
-place loses up to a rounding each time, which ruins a model of 16-bit parameters (arXiv:2305.17333,
-Algorithm 1, works in place). Large linear layers and embeddings go through scratch part by part.
+Each layer's parameters are moved into scratch memory and dropped again while the layer computes, so
+that nothing has to be restored and nothing can drift: adding and subtracting z in place loses up to
+a rounding each time, which ruins a model of 16-bit parameters (arXiv:2305.17333, Algorithm 1, works
+in place). A linear layer goes through scratch part by part, which is its memory while it computes
+and nobody's after; of embeddings the rows that are looked up are moved.
 
 Shapes: a weight is (q, p), or a table of q rows.
 """
@@ -26,11 +27,12 @@ from gossamer.runtime.rows import Slice
 
 __all__ = ["Shift", "TransientModule"]
 
-Shift = Callable[[Tensor, list[Piece]], object]
-"""Adds scale z to pieces of a flat tensor, in place."""
+Shift = Callable[[Tensor, list[Piece], Tensor], object]
+"""Writes pieces of a whole flat tensor, the last argument, with scale z added into the first."""
 
-_PART = {"cpu": 2**18, "cuda": 2**24}
-"""Elements of a large layer that stand in scratch at once."""
+_PART = {"cpu": 2**19, "cuda": 2**24}
+"""Elements of a linear layer that stand in scratch at once. Fewer would stay in a nearer cache, but
+products with few rows are slow: 2**16 cost 1.6 times one of a whole weight, 2**19 1.1 times."""
 
 
 class _Own(NamedTuple):
@@ -53,8 +55,8 @@ class TransientModule:
         pairs = zip(layout.parameters(module), layout.slices, strict=True)
         self._own = {id(p): _Own(p, s) for p, s in pairs}
         self._layers = list(self._find(module))
-        self._shift: Shift = lambda flat, pieces: None
-        self._inside: set[int] = set()
+        self._shift: Shift = lambda flat, pieces, source: None
+        self._moving = self._own
 
     def _find(self, module: nn.Module) -> Iterator[tuple[nn.Module, list[_Own]]]:
         """Yield the modules during whose forward parameters move, and these."""
@@ -75,7 +77,7 @@ class TransientModule:
         by 1, -1, 2 or -2, which can be undone to the bit without a copy.
         """
 
-        def scale(flat: Tensor, pieces: list[Piece], power: int = 1) -> None:
+        def scale(flat: Tensor, pieces: list[Piece], source: Tensor, power: int = 1) -> None:
             for piece in pieces:
                 for begin in range(0, piece.length, _PART["cpu"]):
                     n = min(_PART["cpu"], piece.length - begin)
@@ -84,14 +86,16 @@ class TransientModule:
                     for k in (0, 1):
                         fill("rademacher", signs[k], key, (piece.tensor, k, 0), place)
                     factors = signs[0] * (1.5 + 0.5 * signs[1]) ** power
-                    flat[piece.at + begin :][:n] *= factors.to(flat)
+                    torch.mul(
+                        source[place:][:n], factors.to(flat), out=flat[piece.at + begin :][:n]
+                    )
 
         with self.moved(scale):
             found = loss()
         for power in (1, -1):
             for own in self._own.values():
-                whole = Piece(0, own.p.numel(), 0, own.place.tensor)
-                scale(own.p.data.view(-1), [whole], power)
+                whole, flat = Piece(0, own.p.numel(), 0, own.place.tensor), own.p.data.view(-1)
+                scale(flat, [whole], flat, power)
             if power == 1:
                 written = loss()
         # Sums of parts are added in another order, which 16-bit layers round.
@@ -108,28 +112,26 @@ class TransientModule:
             shift: see there.
             tensors: those it moves; None: all.
         """
-
-        def shift_some(flat: Tensor, pieces: list[Piece]) -> None:
-            if chosen := [p for p in pieces if tensors is None or p.tensor in tensors]:
-                shift(flat, chosen)
-
-        self._shift = shift_some
+        self._shift = shift
+        self._moving = {
+            key: own
+            for key, own in self._own.items()
+            if tensors is None or own.place.tensor in tensors
+        }
         undo: list[Callable[[], object]] = []
-        part = _PART[next(iter(self._own.values())).p.device.type]
         seen: set[int] = set()
         try:
             for layer, owned in self._layers:
-                moves = tensors is None or any(own.place.tensor in tensors for own in owned)
-                if id(layer) in seen or not moves:  # it may stand in two places
+                moving = [own for own in owned if id(own.p) in self._moving]
+                if id(layer) in seen or not moving:  # it may stand in two places
                     continue
                 seen.add(id(layer))
-                if self._goes_in_parts(layer, part):
-                    forward = partial(_PARTED[type(layer)], self, layer, part)
-                    layer.forward = forward
+                if self._goes_in_parts(layer):
+                    layer.forward = partial(_PARTED[type(layer)], self, layer)
                     undo.append(partial(layer.__dict__.pop, "forward"))
                 else:
                     kept: list[tuple[_Own, Tensor]] = []
-                    before = layer.register_forward_pre_hook(partial(self._enter, owned, kept))
+                    before = layer.register_forward_pre_hook(partial(self._enter, moving, kept))
                     after = layer.register_forward_hook(
                         partial(self._leave, kept), always_call=True
                     )
@@ -139,65 +141,81 @@ class TransientModule:
             for back in undo:
                 back()
 
-    def _goes_in_parts(self, layer: nn.Module, part: int) -> bool:
+    def _goes_in_parts(self, layer: nn.Module) -> bool:
         if type(layer) not in _PARTED or getattr(layer, "max_norm", None) is not None:
             return False
         weight: Any = layer.weight
-        return id(weight) in self._own and weight.numel() > part
+        return id(weight) in self._moving and weight.numel() > 0
 
     def _enter(self, owned: list[_Own], kept: list[tuple[_Own, Tensor]], *_: Any) -> None:
         for own in owned:
-            # A module around this one may have the parameter too (BERT's output bias).
-            if id(own.p) not in self._inside:
+            # A module around this one may have it too (BERT's output bias), and have moved it.
+            if id(own.p) in self._moving:
                 kept.append((own, own.p.data))
-                own.p.data = self._scratch(own, own.p.data)
-                self._inside.add(id(own.p))
+                own.p.data = self._new(own)
+                del self._moving[id(own.p)]
 
     def _leave(self, kept: list[tuple[_Own, Tensor]], *_: Any) -> None:
         for own, data in kept:  # an error may have come in between
             own.p.data = data
-            self._inside.discard(id(own.p))
+            self._moving[id(own.p)] = own
         kept.clear()
 
-    def _scratch(self, own: _Own, values: Tensor, begin: int = 0) -> Tensor:
-        """Return moved ``values``, elements ``begin``.. of a parameter, in new memory."""
-        copy = values.detach().clone(memory_format=torch.contiguous_format)
-        if id(own.p) not in self._inside:
-            self._shift(copy.view(-1), [Piece(0, copy.numel(), begin, own.place.tensor)])
-        return copy
+    def _new(self, own: _Own) -> Tensor:
+        """Return a parameter moved, in new memory: what a layer returns may be a view of it."""
+        out = torch.empty(own.p.shape, dtype=own.p.dtype, device=own.p.device)
+        whole = Piece(0, out.numel(), 0, own.place.tensor)
+        self._shift(out.view(-1), [whole], own.p.data.view(-1))
+        return out
 
     def _moved(self, p: Tensor | None) -> Tensor | None:
-        """Return a small parameter moved; a frozen one, or none, as it is."""
-        return p if p is None or id(p) not in self._own else self._scratch(self._own[id(p)], p.data)
+        """Return a small parameter moved; one that stays, or none, as it is."""
+        return p if p is None or id(p) not in self._moving else self._new(self._moving[id(p)])
 
     # --- layers in parts ------------------------------------------------------------------------
 
-    def _linear(self, layer: nn.Linear, part: int, h: Tensor) -> Tensor:
+    def _linear(self, layer: nn.Linear, h: Tensor) -> Tensor:
         own, bias = self._own[id(layer.weight)], self._moved(layer.bias)
-        q, p = layer.weight.shape
-        rows = max(1, part // p)
-        out = None
+        if id(layer.weight) not in self._moving:
+            return F.linear(h, layer.weight, bias)
+        (q, p), flat = layer.weight.shape, layer.weight.data.view(-1)
+        rows = max(1, _PART[flat.device.type] // p)
+        memory, out = flat.new_empty(min(rows, q) * p), None
         for begin in range(0, q, rows):
             end = min(q, begin + rows)
-            weight = self._scratch(own, layer.weight.data[begin:end], begin * p)
-            found = F.linear(h, weight, None if bias is None else bias[begin:end])
+            scratch = memory[: (end - begin) * p]
+            self._shift(scratch, [Piece(0, len(scratch), begin * p, own.place.tensor)], flat)
+            found = F.linear(h, scratch.view(-1, p), None if bias is None else bias[begin:end])
+            if rows >= q:
+                return found
             if out is None:
                 out = found.new_empty(*found.shape[:-1], q)
             out[..., begin:end] = found
-        assert out is not None
+        assert out is not None, "a weight has rows"
         return out
 
-    def _embedding(self, layer: nn.Embedding, part: int, tokens: Tensor) -> Tensor:
+    def _embedding(self, layer: nn.Embedding, tokens: Tensor) -> Tensor:
         own, width = self._own[id(layer.weight)], layer.embedding_dim
+        if id(layer.weight) not in self._moving:
+            return F.embedding(tokens, layer.weight, layer.padding_idx)
         found, place = torch.unique(tokens, return_inverse=True)
-        table = layer.weight.data[found]
+        table = layer.weight.new_empty(len(found), width)
         pieces = [
-            Piece(at * width, width, token * width, own.place.tensor)
-            for at, token in enumerate(found.tolist())
+            Piece(at * width, count * width, token * width, own.place.tensor)
+            for at, count, token in _runs(found)
         ]
-        if id(layer.weight) not in self._inside:
-            self._shift(table.view(-1), pieces)
+        self._shift(table.view(-1), pieces, layer.weight.data.view(-1))
         return table[place]
+
+
+def _runs(ascending: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield (place, length, first) of the runs of consecutive numbers."""
+    numbers = ascending.tolist()
+    at = 0
+    for k, number in enumerate(numbers):
+        if k + 1 == len(numbers) or numbers[k + 1] != number + 1:
+            yield at, k + 1 - at, numbers[at]
+            at = k + 1
 
 
 _PARTED: dict[type[nn.Module], Callable[..., Tensor]] = {

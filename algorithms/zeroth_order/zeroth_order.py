@@ -30,6 +30,7 @@ from gossamer.algorithms.zeroth_order.probes import Along, Probes
 from gossamer.algorithms.zeroth_order.transient import TransientModule
 from gossamer.runtime import Communicator, ConfigError, row_dot
 from gossamer.runtime import combine as combine_rows
+from gossamer.runtime.native import Piece
 from gossamer.runtime.perturb import Distribution, Mask, add_, perturb_
 from gossamer.runtime.random import derive_key
 
@@ -319,7 +320,7 @@ class ZerothOrder(ModuleOracle):
         z = (self._seed, along.step, along.number, scale, self._elements, self._mask)
         tensors = along.tensors
         if self._transient is not None:
-            with self._transient.moved(lambda flat, pieces: add_(flat, pieces, *z), tensors):
+            with self._transient.moved(partial(_move, z), tensors):
                 return self._bound_loss(inputs)
         perturb_(self._copy.copy_(row), self._layout, *z, tensors=tensors)
         return self._bound_loss(inputs)
@@ -382,6 +383,15 @@ class ZerothOrder(ModuleOracle):
                 self._comm.step,
                 self.eps,
             )
+
+
+def _move(
+    z: tuple[int, int, int, float, Distribution, Mask | None],
+    flat: Tensor,
+    pieces: list[Piece],
+    source: Tensor,
+) -> None:
+    add_(flat, pieces, *z, source=source)
 
 
 def _value(loss: Loss, module: nn.Module, inputs: tuple[Tensor, ...]) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gossamer.launch.bench.children import peak_of, started
 from gossamer.launch.bench.measure import Row, spread
 from gossamer.launch.bench.private_ways import WAYS, PrivateModel, make_way
-from gossamer.launch.processes import run_processes
 from gossamer.runtime import Communicator, ConfigError, StackedTransport
 from gossamer.runtime.errors import nearest
 from gossamer.runtime.transports.select import join_torch
@@ -107,10 +106,10 @@ def private(request: PrivateRequest, progress: Callable[[str], object]) -> list[
     for n in request.ranks:
         for model in request.models:
             progress(f"{model.name}, {n} ranks, times")
-            times = _started(n, _time_child, model, request.iters, request.warmup)
+            times = started("private", n, _time_child, model, request.iters, request.warmup)
             for way in WAYS:
                 progress(f"{model.name}, {n} ranks, memory of {way}")
-                peak = _started(n, _memory_child, model, way)
+                peak = started("private", n, _memory_child, model, way)
                 rows.append(_row(n, model, way, times, peak))
     return rows
 
@@ -147,25 +146,6 @@ def aims(rows: Sequence[Row]) -> list[Aim]:
 
 
 # --- in the processes -----------------------------------------------------------------------
-
-
-def _started(n: int, target: Callable[..., int], *arguments: Any) -> Any:
-    """Return what ``target(*arguments, file)`` in n processes wrote to the file as JSON."""
-    with tempfile.TemporaryDirectory(prefix="gossamer-") as folder:
-        result = Path(folder) / "result.json"
-        status = run_processes(n, _told, target, *arguments, str(result))
-        if status != 0:
-            raise ConfigError(f"bench private: the {n} processes ended with status {status}")
-        return json.loads(result.read_text())
-
-
-def _told(target: Callable[..., int], *arguments: Any) -> int:
-    """Run the target; an error of ours is one message."""
-    try:
-        return target(*arguments)
-    except ConfigError as error:
-        print(f"gossamer: {error}")
-        return 2
 
 
 def _join() -> Communicator:
@@ -237,10 +217,8 @@ def _check(model: PrivateModel, comm: Communicator) -> None:
 def _memory_child(model: PrivateModel, way: str, result: str) -> int:
     comm = _join()
     _two_steps(way, model.tiny(), comm)  # what is loaded once is no memory of a step
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _resident("VmRSS")
-    _two_steps(way, model, comm)
-    peak = torch.tensor([[_resident("VmHWM") - before]], dtype=torch.float64)
+    found = peak_of(lambda: _two_steps(way, model, comm))
+    peak = torch.tensor([[found]], dtype=torch.float64)
     most = float(comm.all_reduce(peak, "max"))
     if comm.ranks.start == 0:
         Path(result).write_text(json.dumps(most / _MIB))
@@ -251,14 +229,6 @@ def _two_steps(way: str, model: PrivateModel, comm: Communicator) -> None:
     step = make_way(way, model, comm)
     for k in range(2):
         step.run(model.batch(comm.ranks.start, k))
-
-
-def _resident(key: str) -> float:
-    """Return bytes of /proc/self/status: VmRSS now, VmHWM at the peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return 1024.0 * int(line.split()[1])
-    raise AssertionError(f"no {key} in /proc/self/status")
 
 
 def _leave(comm: Communicator) -> int:

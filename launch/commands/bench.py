@@ -17,6 +17,7 @@ from gossamer.launch.commands.bench_options import (
     integers,
 )
 from gossamer.launch.commands.bench_private import private, release
+from gossamer.launch.commands.bench_zo import zo
 
 __all__ = ["app"]
 
@@ -188,6 +189,7 @@ def ddp(
 
 app.command()(private)
 app.command()(release)
+app.command()(zo)
 
 
 @app.command()

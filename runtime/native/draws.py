@@ -139,7 +139,13 @@ def fill_random(row: Tensor, pieces: Iterable[Piece], direction: Direction) -> T
     return row
 
 
-def add_random(row: Tensor, pieces: Iterable[Piece], direction: Direction, a: float) -> Tensor:
+def add_random(
+    row: Tensor,
+    pieces: Iterable[Piece],
+    direction: Direction,
+    a: float,
+    source: Tensor | None = None,
+) -> Tensor:
     """Add ``a * z`` to the pieces of ``row``: ``fma(a, z, x)``, rounded once, then to the dtype.
 
     In float32 (float64 for float64 rows), with ``a`` rounded to it first; each element is read and
@@ -150,21 +156,40 @@ def add_random(row: Tensor, pieces: Iterable[Piece], direction: Direction, a: fl
         pieces: what to change; they do not overlap.
         direction: which streams.
         a: scale of z.
+        source: (k,) contiguous, of the row's dtype: the whole tensor, from whose elements
+            ``begin``.. x is read instead; it does not overlap ``row``.
 
     Returns:
         ``row``.
 
     Raises:
-        ValueError: as ``fill_random``.
+        ValueError: as ``fill_random``; a piece is not inside ``source``.
         RuntimeError: as ``fill_random``.
     """
     found, code = _pieces("add_random", row, pieces)
+    start = 0 if source is None else _source("add_random", row, found, source)
     if row.is_cuda:
         with torch.cuda.device(row.device):
-            _C.add_random_cuda(found, code, direction._code(), a, stream_of(row))
+            _C.add_random_cuda(found, code, direction._code(), a, start, stream_of(row))
     else:
-        _C.add_random(found, code, direction._code(), a, num_threads())
+        _C.add_random(found, code, direction._code(), a, start, num_threads())
     return row
+
+
+def _source(name: str, row: Tensor, pieces: list[tuple[int, int, int, int]], source: Tensor) -> int:
+    """Return the address of a tensor that stands for the row, after the checks."""
+    alike = source.dtype == row.dtype and source.device == row.device
+    if not alike or source.dim() != 1 or not source.is_contiguous():
+        raise ValueError(
+            f"{name}: source must be (k,) contiguous {row.dtype} on {row.device}, got "
+            f"{tuple(source.shape)} {source.dtype} on {source.device}"
+        )
+    if any(begin + length > len(source) for _, length, begin, _ in pieces):
+        raise ValueError(f"{name}: a piece is not inside a source of {len(source)} elements")
+    address = source.data_ptr()
+    if address < row.data_ptr() + row.nbytes and row.data_ptr() < address + source.nbytes:
+        raise ValueError(f"{name}: row and source overlap")
+    return address
 
 
 def subtract_random(

@@ -215,7 +215,7 @@ def test_layers_compute_at_moved_parameters_and_write_none(make, dtype, part, mo
     moved = TransientModule(problem.module, layout)
     z = (5, 0, 3, 0.1)
     with torch.no_grad():
-        with moved.moved(lambda flat, pieces: add_(flat, pieces, *z)):
+        with moved.moved(lambda flat, pieces, source: add_(flat, pieces, *z, source=source)):
             found = problem.loss(problem.module, inputs)
         layout.bind(problem.module, perturb_(row.clone(), layout, *z))
         written = problem.loss(problem.module, inputs)
@@ -233,7 +233,7 @@ def test_an_error_inside_leaves_the_module_as_it_was():
     data = [p.data for p in problem.module.parameters()]
     moved = TransientModule(problem.module, layout)
 
-    def fail(flat, pieces):
+    def fail(flat, pieces, source):
         if len(flat) == 3:  # the last bias
             raise ArithmeticError("on purpose")
 

@@ -108,6 +108,18 @@ def test_on_a_slow_link_sharded_averages_send_a_quarter(hosts, launch_environmen
 
 
 @pytest.mark.slow
+def test_on_a_slow_link_zeroth_order_steps_send_eight_bytes(hosts, launch_environment):
+    flags = ["--parameters=100K", "--vocabulary=64", "--context=8", "--iters=4", "--json"]
+    command = ["-m", "gossamer", "bench", "zo", *flags]
+    outputs = hosts(2, "20mbit").run([1, 1], command, launch_environment)
+    numbers, gradients = json.loads(outputs[0][outputs[0].index("{\n") :])["rows"]
+    assert (numbers["exchanged"], gradients["exchanged"]) == ("numbers", "gradients")
+    assert numbers["transport"] == gradients["transport"] == "gloo"
+    assert numbers["bytes_per_step"] == 8
+    assert gradients["bytes_per_step"] == 4 * gradients["parameters"]  # 2 (n - 1) / n rows, n = 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "unplug"])
 def test_a_lost_process_or_host_is_named_within_the_timeout(how, hosts, launch_environment):
     world = hosts(2)

@@ -287,6 +287,36 @@ def test_memory_around_a_row_is_left_alone(layout):
     assert memory[[0, -2, -1]].tolist() == [5.0, 5.0, 5.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_moving_out_of_a_tensor_is_copying_its_parts_and_adding(distribution, dtype):
+    tensor = torch.linspace(-1, 1, 200_001).to(dtype)
+    direction = Direction(distribution, SEED, (1, 2), (3, 1 << 31, 1 << 30))
+    pieces = [Piece(3, 5000, 129, 4), Piece(5003, 150_000, 7, 4), Piece(155_003, 1, 200_000, 4)]
+    expected = torch.full((155_007,), 5.0, dtype=dtype)
+    found = expected.clone()
+    for piece in pieces:
+        expected[piece.at :][: piece.length] = tensor[piece.begin :][: piece.length]
+    native.add_random(expected, pieces, direction, 0.3)
+    kept = tensor.clone()
+    assert torch.equal(native.add_random(found, pieces, direction, 0.3, tensor), expected)
+    assert torch.equal(tensor, kept)
+
+
+def test_a_source_that_does_not_fit_is_refused():
+    direction, pieces = Direction("normal", 0, (0, 0)), [Piece(0, 4, 2, 0)]
+    row = torch.zeros(12)
+    for source in (torch.zeros(6, dtype=torch.float64), torch.zeros(12)[::2], torch.zeros(2, 3)):
+        with pytest.raises(
+            ValueError, match=r"source must be \(k,\) contiguous torch.float32 on cpu"
+        ):
+            native.add_random(row[:4], pieces, direction, 1.0, source)
+    with pytest.raises(ValueError, match="a piece is not inside a source of 5 elements"):
+        native.add_random(row[:4], pieces, direction, 1.0, torch.zeros(5))
+    with pytest.raises(ValueError, match="row and source overlap"):
+        native.add_random(row[:4], pieces, direction, 1.0, row[3:])
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_bits_do_not_depend_on_the_number_of_threads(distribution):
     count = (1 << 18) + 5

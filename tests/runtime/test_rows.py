@@ -100,3 +100,15 @@ def test_combine_makes_a_new_block_or_writes_where_told():
 def test_row_norm_is_the_norm_of_each_row():
     x = torch.tensor([[3.0, 4.0], [0.0, -2.0]])
     assert row_norm(x).tolist() == [[5.0], [2.0]]
+
+
+def test_a_row_adopts_the_parameters_of_a_module_in_place_of_their_memory():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2))
+    layout = RowLayout(module)
+    expected = layout.gather(module, torch.empty(layout.d))
+    row = torch.full((layout.d,), 7.0)
+    assert torch.equal(layout.adopt(module, row), expected)
+    assert all(
+        p.data_ptr() == view.data_ptr()
+        for p, view in zip(layout.parameters(module), layout.views(row), strict=True)
+    )
