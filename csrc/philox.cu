@@ -175,9 +175,8 @@ template <typename T>
 __global__ void add_kernel(Piece piece, Direction direction, Accumulator<T> a, const T* y) {
   using Acc = Accumulator<T>;
   T* x = reinterpret_cast<T*>(piece.address);
-  const bool aligned =
-      quads_aligned<T>(piece.address, piece.begin) &&
-      quads_aligned<T>(reinterpret_cast<std::uintptr_t>(y), piece.begin);
+  const bool aligned = quads_aligned<T>(piece.address, piece.begin) &&
+                       quads_aligned<T>(reinterpret_cast<std::uintptr_t>(y), piece.begin);
   for_quads(piece, [&](std::uint64_t quad, const Place& place) {
     Quad<T> values = read_quad(y, place, aligned);
     float z[4];
