@@ -32,7 +32,10 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """Return the examples at int64 ``indices`` (m,): tensors whose first size is m."""
+        """Return the examples at int64 ``indices`` (m,): tensors whose first size is m.
+
+        Each example's depend on itself alone, unless the dataset has ``pads_lookups = True``.
+        """
         ...
 
 

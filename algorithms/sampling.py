@@ -164,9 +164,16 @@ class Sampler:
         ]
 
     def _fetch(self, places: list[np.ndarray]) -> list[Batch]:
-        """Look all examples up at once, then cut them into one batch per element of ``places``."""
+        """Look all examples up at once, then cut them into one batch per element of ``places``.
+
+        One by one where a lookup is padded to its own longest example: a batch must not depend on
+        the others that this process happens to host.
+        """
+        train = cast(Dataset, self._problem.train)
+        if len(places) > 1 and getattr(train, "pads_lookups", False):
+            return [batch for each in places for batch in self._fetch([each])]
         flat = torch.from_numpy(np.concatenate(places))
-        columns = cast(Dataset, self._problem.train)[flat]
+        columns = train[flat]
         if self._plan.indices:
             columns = (*columns, flat)
         sizes = [len(p) for p in places]

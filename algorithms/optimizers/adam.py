@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.protocols import Optimizer, Origin
+from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import combine
 
 __all__ = ["Adam", "AdamState", "AdamW", "adam_direction"]
@@ -39,7 +40,16 @@ class _Moments(Optimizer):
     """Added to the root of the second moment."""
 
     def init(self, x: Tensor) -> AdamState:
-        """Start with no gradient seen."""
+        """Start with no gradient seen.
+
+        Raises:
+            ConfigError: rows of float16, in which squares of gradients underflow.
+        """
+        if x.dtype == torch.float16:
+            raise ConfigError(
+                f"optimizer.name: {self.name} keeps squares of gradients, which underflow in "
+                "float16; use task.dtype bfloat16 or float32, or optimizer sgd"
+            )
         return AdamState(m=torch.zeros_like(x), v=torch.zeros_like(x))
 
     def _ratio(self, state: AdamState, grad: Tensor, origin: Origin) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ class Candidates:
         labels: int64 (N,), the right candidate.
     """
 
+    pads_lookups: ClassVar[bool] = True
     tokens: Tensor
     lengths: Tensor
     places: Tensor

@@ -57,6 +57,7 @@ class CoefficientGossip(Algorithm):
     bits lose small changes.
     """
 
+    follows_graph: ClassVar[bool] = True
     takes: ClassVar[frozenset[str]] = frozenset({"directions"})
     sends: ClassVar[str] = "its numbers for random directions, averaged with its neighbours'"
     name: Literal["coefficient-gossip"] = "coefficient-gossip"

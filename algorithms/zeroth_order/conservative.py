@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -69,6 +70,9 @@ class Conservative(Algorithm):
             self._move_(x, mean, sign * self.optimizer.rate(comm))
             losses.append(oracle.loss(x, batch))
         stay, down, up = self._means(comm, oracle, losses, estimate.weight)
+        if not math.isfinite(stay + down + up):  # on all ranks alike
+            x.copy_(state.kept)
+            return {"loss": estimate.loss, **estimate.metrics, "skipped": 1.0}
         if down > stay and stay < up:
             taken = 0.0
             x.copy_(state.kept)

@@ -68,7 +68,9 @@ def _score_names(problem: Problem) -> list[str]:
     if problem.score is None:
         return []
     with torch.no_grad():
-        return list(problem.score(problem.module, problem.examples(1)))
+        device = next(problem.module.parameters()).device
+        inputs = tuple(t.to(device) for t in problem.examples(1))
+        return list(problem.score(problem.module, inputs))
 
 
 def _as_tensor(function: Callable[[nn.Module, tuple[Tensor, ...]], object]) -> Loss:

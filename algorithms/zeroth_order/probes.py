@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -79,7 +78,7 @@ class Probes:
     def add_to_(self, x: Tensor, scale: float) -> Tensor:
         """Add ``scale`` times the estimates to x (local, d): one read and one write of x.
 
-        With directions of some tensors only, one of each tensor per run of equal sets.
+        Directions of disjoint sets of tensors are added set by set.
         """
         for i, row in enumerate(x):
             self._add(row, i, scale, begin=0)
@@ -100,9 +99,11 @@ class Probes:
 
     def _add(self, row: Tensor, i: int, scale: float, begin: int) -> None:
         along, values = self.along[self.comm.ranks[i]], self.coefficients[i].tolist()
-        pairs = zip(along, values, strict=True)
-        for tensors, group in groupby(pairs, key=lambda pair: pair[0].tensors):
-            terms = [Probe(a.step, a.number, -scale * coefficient) for a, coefficient in group]
+        groups: dict[frozenset[int] | None, list[Probe]] = {}
+        for a, coefficient in zip(along, values, strict=True):
+            probe = Probe(a.step, a.number, -scale * coefficient)
+            groups.setdefault(a.tensors, []).append(probe)
+        for tensors, terms in groups.items():
             update_(
                 row,
                 self.layout,

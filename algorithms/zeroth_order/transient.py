@@ -90,6 +90,8 @@ class TransientModule:
                         source[place:][:n], factors.to(flat), out=flat[piece.at + begin :][:n]
                     )
 
+        for own in self._own.values():  # as in a row
+            own.p.data = own.p.data.contiguous()
         with self.moved(scale):
             found = loss()
         for power in (1, -1):

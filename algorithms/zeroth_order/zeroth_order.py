@@ -8,6 +8,7 @@ can make again: with ``all-reduce`` the ranks exchange these numbers alone.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -128,6 +129,17 @@ class ZerothOrder(ModuleOracle):
             raise ConfigError(
                 f"oracle.{field}: does not go with first_order, which takes a gradient of the loss "
                 "beside one estimate for the other parameters; leave one out"
+            )
+        if self.pool is not None and self.sparsity:
+            raise ConfigError(
+                "oracle.sparsity: a pool's directions are those of one step, whose mask would stay "
+                "for good; leave out sparsity or pool"
+            )
+        if self.micro_batch_size is not None and (self.first_order or self.estimate == "forward"):
+            field = "first_order" if self.first_order else "estimate: forward"
+            raise ConfigError(
+                f"oracle.micro_batch_size: {field} takes a derivative on the whole batch; leave "
+                "one out"
             )
         if self.pool is not None and self.queries > self.pool:
             raise ConfigError(
@@ -308,7 +320,8 @@ class ZerothOrder(ModuleOracle):
                 else:
                     slope, loss = (high - at_x) / self.eps, at_x
                 self._warn_of_zero(slope)
-            slope = float(torch.tensor(slope).sign()) if self.coefficient == "sign" else slope
+            if self.coefficient == "sign" and math.isfinite(slope):  # others are to be seen
+                slope = float((slope > 0) - (slope < 0))
             slopes.append(slope * length)
             losses.append(loss)
         return torch.tensor(slopes, dtype=torch.float64), sum(losses) / len(losses)

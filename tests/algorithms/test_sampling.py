@@ -177,3 +177,26 @@ def test_what_is_wrong_with_one_rank_is_found_by_every_process(lengths, plan, wo
     for ranks in ([0], [1], [0, 1]):
         with pytest.raises(ConfigError, match=words):
             Sampler(problem_of(lengths), plan, ranks, seed=0)
+
+
+class Ragged:
+    """Sequences of 1 to 9 tokens, cut to the longest one that is looked up."""
+
+    pads_lookups = True
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, indices):
+        return ((torch.arange(int(indices.max()) + 1) <= indices[:, None]).long(),)
+
+
+@pytest.mark.parametrize("hosted", [range(1), range(2), range(3)])
+def test_a_batch_that_is_padded_does_not_depend_on_the_ranks_beside_it(hosted):
+    shards = (np.arange(3), np.arange(3, 6), np.arange(6, 9))
+    problem = Problem(torch.nn.Linear(1, 1), Ragged(), shards, loss=None)
+    sampler = Sampler(problem, DataPlan(batch_size=2), hosted, seed=0)
+    alone = Sampler(problem, DataPlan(batch_size=2), [0], seed=0)
+    for step in range(4):
+        (found,), (expected,) = (s.batches(step, 1) for s in (sampler, alone))
+        assert torch.equal(found[0].inputs[0], expected[0].inputs[0])

@@ -225,10 +225,10 @@ def test_losses_of_moved_and_of_written_parameters_are_equal(kind, scheme, monke
     transient = TransientModule(model, layout)
     assert transient.follows(loss)
     start = loss()
-    with transient.moved(lambda flat, pieces: add_(flat, pieces, *z)):
+    with transient.moved(lambda flat, pieces, source: add_(flat, pieces, *z, source=source)):
         moved = loss()
     monkeypatch.setitem(transient_module._PART, "cpu", 32)  # most layers go in parts
-    with transient.moved(lambda flat, pieces: add_(flat, pieces, *z)):
+    with transient.moved(lambda flat, pieces, source: add_(flat, pieces, *z, source=source)):
         in_parts = loss()
     assert loss() == start
     layout.bind(model, perturb_(row.clone(), layout, *z))

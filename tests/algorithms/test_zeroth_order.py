@@ -287,6 +287,18 @@ def test_both_ways_to_move_parameters_give_the_same_estimate():
     assert torch.equal(*found)
 
 
+def test_a_model_in_another_memory_format_is_looked_at_too():
+    problem = network()
+    inputs = torch.randn(N, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    problem.train = TensorDataset((inputs, problem.train.tensors[1]))
+    layers = [nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 3)]
+    problem.module = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    run = program(problem, full(restore="transient"))
+    other = program(problem, full(restore="snapshot"))
+    found = [estimate_at(r)[0].grad.coefficients.item() for r in (run, other)]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 # --- who exchanges what -------------------------------------------------------------------------
 
 
@@ -329,8 +341,9 @@ def test_unequal_shards_weigh_by_their_examples():
     assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
+@pytest.mark.parametrize("coefficient", ["value", "sign"])
 @pytest.mark.parametrize("optimizer", [SGD(lr=0.01), Momentum(lr=0.01), Adam(lr=0.01)])
-def test_a_loss_that_is_not_finite_on_one_rank_makes_all_skip_the_step(optimizer):
+def test_a_loss_that_is_not_finite_on_one_rank_makes_all_skip_the_step(optimizer, coefficient):
     problem = network(n=3)
     bad = problem.shards[1]
 
@@ -340,7 +353,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_makes_all_skip_the_step(optimizer
         return value / 0 if broken and run is not None and run.comm.step == 2 else value
 
     run = None
-    run = program(replace(problem, loss=loss), full(), optimizer)
+    run = program(replace(problem, loss=loss), full(coefficient=coefficient), optimizer)
     advance(run, 2)
     before = run.state.x.clone()
     state = (
@@ -446,6 +459,9 @@ def test_anything_that_can_be_computed_can_be_minimised(minimize, caplog):
         loss = run.oracle.loss(run.state.x, batch)
         score = count_right(run.problem.module, batch[0].inputs)["accuracy"]
         assert float(loss) == pytest.approx(-float(score) / N)
+    if minimize == "f1":
+        run.oracle._calls = (-1, 0)
+        assert -1 <= found.loss.item() < 0
     if ":" in minimize:
         assert found.loss.item() == 7
         assert found.grad.coefficients.item() == 0
@@ -470,6 +486,8 @@ def test_f1_is_that_of_scikit_learn():
         ({"minimize": "recall"}, r"oracle\.minimize: the task has no score 'recall'"),
         ({"minimize": "nowhere:f"}, r"oracle\.minimize: there is no module 'nowhere'"),
         ({"minimize": "f1", "estimate": "forward"}, r"oracle\.estimate: forward takes a deriv"),
+        ({"pool": 3, "sparsity": 0.5}, r"oracle\.sparsity: a pool's directions"),
+        ({"estimate": "forward", "micro_batch_size": 2}, r"oracle\.micro_batch_size: estimate: f"),
         ({"minimize": "f1", "micro_batch_size": 2}, r"oracle\.micro_batch_size: a score of parts"),
     ],
 )
@@ -612,6 +630,28 @@ def test_a_conservative_step_takes_the_best_of_three_points(n):
         assert all(torch.equal(row, run.state.x[0]) for row in run.state.x)
         run.comm.step += 1
     assert len(taken) > 1
+
+
+@pytest.mark.parametrize("losses", [(1, 0.5, math.nan), (1, math.nan, 7), (math.inf, 1, 2)])
+def test_a_conservative_step_with_a_loss_that_is_not_finite_is_not_taken(losses, monkeypatch):
+    run = program(network(), full(), algorithm=Conservative(optimizer=SGD(lr=0.1)))
+    given = iter(losses)
+    monkeypatch.setattr(
+        ZerothOrder, "loss", lambda self, x, batch: torch.tensor([float(next(given))])
+    )
+    x = run.state.x.clone()
+    assert run.step()["skipped"] == 1.0
+    assert torch.equal(run.state.x, x)
+
+
+def test_own_directions_of_blocks_are_one_rank_with_all_queries():
+    same = replace(network(), shards=(np.arange(N),) * 3)
+    options = {"blocks": "module", "sweep": "jacobi"}
+    runs = [
+        advance(program(network(), full(queries=3, **options)), 3),
+        advance(program(same, full(directions="own", **options), n=3), 3),
+    ]
+    assert torch.equal(runs[0].state.x[0], runs[1].state.x[0])
 
 
 @pytest.mark.parametrize(
