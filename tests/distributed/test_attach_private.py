@@ -1,5 +1,6 @@
 """A loop of one's own with a privacy block, on four processes of torchrun or mpirun."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("opacus")
+
+LONG = pytest.mark.skipif(
+    not os.environ.get("GOSSAMER_LONG_TESTS"), reason="takes GOSSAMER_LONG_TESTS=1"
+)
 
 WORKER = """
 import sys, torch, gossamer
@@ -108,7 +113,11 @@ def mpirun() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "asked", "transport"),
-    [(torchrun, "auto", "native"), (mpirun, "auto", "native"), (mpirun, "mpi", "mpi")],
+    [
+        (torchrun, "auto", "native"),
+        pytest.param(mpirun, "auto", "native", marks=LONG),
+        (mpirun, "mpi", "mpi"),
+    ],
 )
 def test_sums_and_noise_of_four_ranks_are_those_of_the_mode(
     launcher, asked, transport, launch_environment, tmp_path

@@ -1,10 +1,15 @@
 """Numbers in place of gradients: the same parameters and the same log on every transport."""
 
 import json
+import os
 
 import pytest
 import yaml
 from test_same_bits import gossamer, mpirun, run, torchrun
+
+LONG = pytest.mark.skipif(
+    not os.environ.get("GOSSAMER_LONG_TESTS"), reason="takes GOSSAMER_LONG_TESTS=1"
+)
 
 RUNS = {
     "shared": {"algorithm": {"name": "all-reduce"}},
@@ -69,8 +74,8 @@ def test_all_reduce_sends_8_bytes_for_each_number_to_each_rank(stacked):
 @pytest.mark.parametrize(
     ("launcher", "processes", "transport"),
     [
-        (gossamer, 2, "native"),
-        (torchrun, 2, "gloo"),
+        pytest.param(gossamer, 2, "native", marks=LONG),
+        pytest.param(torchrun, 2, "gloo", marks=LONG),
         (mpirun, 4, "mpi"),
     ],
 )

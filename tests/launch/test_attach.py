@@ -145,7 +145,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(alone):
     with_statistics = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
     refused("GroupNorm", alone, model=with_statistics, buffers="refuse")
     refused("batches a step", alone, algorithm={"name": "local-sgd", "local_steps": 4})
-    refused("directions, which attach does not give", alone, algorithm="flood")
+    refused("directions of whole rows, which this backward does not give", alone, algorithm="flood")
     model = net()
     partial = torch.optim.SGD(model[0].parameters(), lr=0.1)
     refused("does not hold trainable parameters", alone, model=model, optimizer=partial)
