@@ -187,7 +187,7 @@ class PerSampleGradients:
         """
         problem, module = self._problem, self._problem.module
         device = next(module.parameters()).device
-        inputs = tuple(t.to(device) for t in _some_examples(problem))
+        inputs = tuple(t.to(device) for t in problem.examples(_CHECKED))
         row = self._layout.gather(module, torch.empty(self._layout.d, dtype=self._layout.dtype))
         before = [p.data for p in module.parameters()]
         row = row + 0.01 * torch.randn(row.shape, generator=torch.Generator().manual_seed(0)).to(
@@ -242,7 +242,7 @@ class PerSampleGradients:
     def _require_functions(self) -> None:
         """Take the gradients of two examples, and refuse a module that gives none."""
         device = next(self._problem.module.parameters()).device
-        inputs = tuple(t[:2].to(device) for t in _some_examples(self._problem))
+        inputs = tuple(t[:2].to(device) for t in self._problem.examples(_CHECKED))
         row = torch.empty(self._layout.d, dtype=self._layout.dtype)
         row = self._layout.gather(self._problem.module, row).to(device)
         try:
@@ -361,17 +361,6 @@ def _frozen(layout: RowLayout, module: nn.Module) -> Iterator[None]:
     finally:
         for p in parameters:
             p.requires_grad_(True)
-
-
-def _some_examples(problem: Problem) -> tuple[Tensor, ...]:
-    """Return examples from all over the data: sorted ones keep their classes."""
-    train: Any = problem.train
-    if hasattr(train, "draw"):
-        drawn: tuple[Tensor, ...] = train.draw(0, 0, 0, 0, _CHECKED)
-        return drawn
-    count = min(_CHECKED, len(train))
-    found: tuple[Tensor, ...] = train[torch.arange(count) * (len(train) - 1) // max(count - 1, 1)]
-    return found
 
 
 def _wide(values: Tensor) -> Tensor:

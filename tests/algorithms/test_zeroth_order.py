@@ -603,15 +603,16 @@ def test_updates_block_by_block_refuse_an_optimizer_that_moves_the_others(optimi
 @pytest.mark.parametrize("directions", ["shared", "own"])
 def test_a_pool_holds_all_directions_of_a_run(directions):
     run = program(network(n=2), full(pool=5, queries=2, directions=directions))
-    seen = set()
+    seen, alike = set(), []
     for step in range(30):
         run.comm.step = step
         probes = estimate_at(run)[0].grad
         for along in probes.along:
             assert len(set(along)) == 2
         seen |= {direction for along in probes.along for direction in along}
-        assert (probes.along[0] == probes.along[1]) == (directions == "shared") or step > 0
+        alike.append(probes.along[0] == probes.along[1])
     assert seen == {Along(0, k) for k in range(5)}
+    assert all(alike) == (directions == "shared")
     with pytest.raises(ConfigError, match=r"oracle\.queries: 6 different directions"):
         program(network(), full(pool=5, queries=6))
 

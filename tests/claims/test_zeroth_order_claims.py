@@ -9,7 +9,7 @@ from gossamer.launch.reproduce.zo_bench import accuracy, derivatives, queries, u
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SEEDS = {accuracy: 2, derivatives: 1, queries: 2, unstable: 1}
+SEEDS = {accuracy: 2, derivatives: 2, queries: 2, unstable: 2}
 
 
 @pytest.mark.parametrize("group", SEEDS, ids=lambda group: group.__name__)
