@@ -104,12 +104,12 @@ class TorchOptimizer(Optimizer):
         return 1.0
 
     def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
-        """Return x - x after the optimizer's step; x is put back."""
-        before = x.clone()
-        self._move(x, grad)
-        moved = before - x
-        x.copy_(before)
-        return moved
+        """Return x - x after the optimizer's step, on a copy: x may be on its way to others."""
+        moved = x.clone()
+        self._move(moved, grad)
+        for p, value in zip(self._parameters, self._layout.views(x[0]), strict=True):
+            p.data = value
+        return torch.sub(x, moved, out=moved)
 
     def update_(
         self, state: None, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin = PLAIN

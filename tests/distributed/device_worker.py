@@ -80,6 +80,12 @@ def rows_of(n, d, dtype, seed):
     return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def lasting(*shape, kept=[]):  # noqa: B006 - meant to outlive the calls
+    """Return zeros that stay until the process ends: the device writes when it gets there."""
+    kept.append(torch.zeros(*shape))
+    return kept[-1]
+
+
 class Rows:
     """Buffers that many operations use, each overwriting what the one before left."""
 
@@ -175,11 +181,11 @@ def pipeline(n, seed, operations):
 def peer_is_gone():
     """Process 1 ends without a word; process 0 says so."""
     memory, process, _ = meet(OnThreads)
-    x = memory.alloc(1, 10, torch.float32)
+    x, out = memory.alloc(1, 10, torch.float32), lasting(1, 10)
     plan = memory.prepare(plan_exchange(build("ring", 2).round(0), Placement(2, 2), process))
 
     def average(k):
-        status = memory.average(plan, x, torch.zeros(1, 10), None, 1, 30.0)
+        status = memory.average(plan, x, out, None, 1, 30.0)
         memory.check(status, f"round {k}", 30.0)
 
     def until(rounds):
@@ -199,7 +205,7 @@ def peer_is_gone():
 def peer_is_late():
     """Process 1 does not come; process 0 gives up, and process 1 hears of it."""
     memory, process, _ = meet(OnThreads)
-    x, out = torch.zeros(1, 10), torch.zeros(1, 10)
+    x, out = lasting(1, 10), lasting(1, 10)
     if process == 0:
         with pytest.raises(CommTimeout, match=r"sum: no answer from process 1 within 0.2 s"):
             memory.check(memory.sum(x, out, [1, 1], 1.0, 0.2), "sum", 0.2)
@@ -213,7 +219,7 @@ def peer_is_late():
 def other_size():
     """The processes' rows differ in length."""
     memory, process, _ = meet(OnThreads)
-    x, out = torch.zeros(1, 10 + process), torch.zeros(1, 10 + process)
+    x, out = lasting(1, 10 + process), lasting(1, 10 + process)
     with pytest.raises((CommError, PeerLost), match=r"another operation's message|failure of its"):
         memory.check(memory.sum(x, out, [1, 1], 1.0, 20.0), "sum", 20.0)
     return 0

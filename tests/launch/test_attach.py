@@ -49,6 +49,27 @@ def test_with_one_rank_the_optimizer_is_itself(algorithm, kind, alone):
     torch.testing.assert_close(train(attached, optimizer), expected, rtol=0, atol=2e-6)
 
 
+def test_the_row_that_travels_stays_as_it_is_while_the_optimizer_steps(alone, monkeypatch):
+    """Combine then adapt: the neighbours read x until the average is over."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gossamer.attach(model, optimizer, {"name": "dsgd", "order": "cta"}, comm=alone)
+    x, seen = optimizer.gossamer.parts[0].state.x, []
+    start, average = x.clone(), Communicator.neighbor_average_async
+    monkeypatch.setattr(
+        Communicator,
+        "neighbor_average_async",
+        lambda comm, row: seen.append(row.data_ptr()) or average(comm, row),
+    )
+    optimizer.register_step_post_hook(lambda *_: seen.append(torch.equal(x, start)))
+    train(model, optimizer, steps=1)
+    assert seen == [x.data_ptr(), True]
+    assert not torch.equal(x, start)
+    assert all(
+        p.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for p in model.parameters()
+    )
+
+
 def test_dnasa_with_sgd_of_rate_one_is_exact(alone):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
