@@ -48,11 +48,13 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU, or MPI ranks, where there are none."""
+    """Skip what needs a GPU, or MPI ranks, where there are none, and what was not asked for."""
     import torch
 
     ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
     for item in items:
+        if item.get_closest_marker("long") and not os.environ.get("GOSSAMER_LONG_TESTS"):
+            item.add_marker(pytest.mark.skip(reason="takes GOSSAMER_LONG_TESTS=1"))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("mpi") and ranks == 1:

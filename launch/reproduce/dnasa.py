@@ -7,7 +7,7 @@ Two problems beside the paper's own: *digits*, an MLP 64-32-10 on digits sorted 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gossamer.algorithms.tasks.files import DATA_VARIABLE, find_data
@@ -100,14 +100,22 @@ def no_tuning(lab: Laboratory) -> Iterator[Claim]:
         )
 
 
-def loss_scale(lab: Laboratory) -> Iterator[Claim]:
-    """The loss times 2^-7, 1 and 2^7: nothing changes for D-NASA, all else needs a new rate."""
+_SCALED: dict[str, Values] = {
+    "D-NASA": {"algorithm": UNTUNED},
+    "DSGD, rate .5": {"algorithm": {"name": "dsgd"}, **sgd(0.5)},
+    "DSGT, rate .5": {"algorithm": {"name": "gradient-tracking"}, **sgd(0.5)},
+}
+
+
+def loss_scale(lab: Laboratory, peers: Sequence[str] = tuple(_SCALED)[1:]) -> Iterator[Claim]:
+    """The loss times 2^-7, 1 and 2^7: nothing changes for D-NASA, all else needs a new rate.
+
+    Args:
+        lab: runs them.
+        peers: shown beside D-NASA.
+    """
     scales = (2.0**-7, 1.0, 2.0**7)
-    methods: dict[str, Values] = {
-        "D-NASA": {"algorithm": UNTUNED},
-        "DSGD, rate .5": {"algorithm": {"name": "dsgd"}, **sgd(0.5)},
-        "DSGT, rate .5": {"algorithm": {"name": "gradient-tracking"}, **sgd(0.5)},
-    }
+    methods = {name: _SCALED[name] for name in ("D-NASA", *peers)}
     found = lab.run(
         {
             f"{name} {scale}": digits(task=_scaled(_DIGITS, scale), steps=1000, **method)
@@ -137,10 +145,17 @@ def _scaled(task: Values, scale: float) -> Values:
     return {"name": "custom", "build": f"{_HERE}.problems:scaled", "options": options}
 
 
-def topologies(lab: Laboratory) -> Iterator[Claim]:
-    """16 ranks with different data and noise: the gradient norm hardly depends on the graph."""
+def topologies(
+    lab: Laboratory, over_time: Sequence[str] = ("ring", "torus", "complete")
+) -> Iterator[Claim]:
+    """16 ranks with different data and noise: the gradient norm hardly depends on the graph.
+
+    Args:
+        lab: runs them.
+        over_time: graphs on which T = 1000 and T = 16000 are compared.
+    """
     graphs = ("ring", "torus", "complete", "one_peer_exponential")
-    horizons = {16000: graphs[:3], 4000: graphs, 1000: graphs[:3]}
+    horizons = {16000: over_time, 4000: graphs, 1000: over_time}
     found = lab.run(
         {
             f"{graph} {steps}": tumours(
@@ -160,7 +175,7 @@ def topologies(lab: Laboratory) -> Iterator[Claim]:
         ", ".join(f"{graph} {value:.4f}" for graph, value in zip(graphs, at_4000, strict=True)),
     )
     yield at_most("The same: worst graph / best graph", max(at_4000) / min(at_4000), 1.6, lab.seeds)
-    for graph in horizons[1000]:
+    for graph in over_time:
         yield between(
             f"The same, {graph}: |grad f| at T = 1000 / at T = 16000 (theory: 2)",
             norm[f"{graph} 1000"] / norm[f"{graph} 16000"],
@@ -176,11 +191,18 @@ def topologies(lab: Laboratory) -> Iterator[Claim]:
 _GRAPHS = ("complete", "ring")
 
 
-def speed_up(lab: Laboratory) -> Iterator[Claim]:
-    """The same number of examples in all, on more ranks; and more ranks for the same T."""
-    complete = [(1, 8000), (4, 2000), (16, 500), (1, 32000), (4, 8000), (16, 2000)]
-    runs = {("complete", n, T) for n, T in [*complete, (1, 2000), (16, 8000)]}
-    runs |= {("ring", n, T) for n, T in complete if n > 1}
+def speed_up(lab: Laboratory, totals: Sequence[int] = (8000, 32000)) -> Iterator[Claim]:
+    """The same number of examples in all, on more ranks; and more ranks for the same T.
+
+    Args:
+        lab: runs them.
+        totals: nT; a quarter of each is the T of the second comparison.
+    """
+    runs = {("complete", n, total // n) for total in totals for n in (1, 4, 16)}
+    runs |= {("ring", n, total // n) for total in totals for n in (4, 16)}
+    for total in totals:
+        runs |= {("complete", 1, total // 4), ("complete", 16, total // 4)}
+    runs.add(("ring", 16, 2000))
     task = {**_TUMOURS, "examples": 560}  # divides by 1, 4 and 16: the same f for each
     found = lab.run(
         {
@@ -191,14 +213,14 @@ def speed_up(lab: Laboratory) -> Iterator[Claim]:
         }
     )
     norm = {name: sample.second_half("grad_norm").mean() for name, sample in found.items()}
-    for total in (8000, 32000):
+    for total in totals:
         one = norm[f"complete 1 {total}"]
         for n in (4, 16):
             claim = f"Speed-up: nT = {total}: |grad f| on {n} ranks / on 1"
             complete_n, ring_n = (norm[f"{graph} {n} {total // n}"] for graph in _GRAPHS)
             yield between(f"{claim} (complete)", complete_n / one, 0.8, 1.2, lab.seeds)
             yield at_most(f"{claim} (ring)", ring_n / one, 1.2, lab.seeds)
-    for graph, T in (("complete", 2000), ("ring", 2000), ("complete", 8000)):
+    for graph, T in (("ring", 2000), *(("complete", total // 4) for total in totals)):
         yield at_least(
             f"Speed-up: T = {T}: |grad f| on 1 rank / on 16 ({graph}; theory: 2)",
             norm[f"complete 1 {T}"] / norm[f"{graph} 16 {T}"],

@@ -1,6 +1,5 @@
 """A loop of one's own with a privacy block, on four processes of torchrun or mpirun."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +8,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("opacus")
-
-LONG = pytest.mark.skipif(
-    not os.environ.get("GOSSAMER_LONG_TESTS"), reason="takes GOSSAMER_LONG_TESTS=1"
-)
 
 WORKER = """
 import sys, torch, gossamer
@@ -115,7 +110,7 @@ def mpirun() -> list[str]:
     ("launcher", "asked", "transport"),
     [
         (torchrun, "auto", "native"),
-        pytest.param(mpirun, "auto", "native", marks=LONG),
+        pytest.param(mpirun, "auto", "native", marks=pytest.mark.long),
         (mpirun, "mpi", "mpi"),
     ],
 )

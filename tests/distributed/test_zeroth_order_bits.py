@@ -1,15 +1,10 @@
 """Numbers in place of gradients: the same parameters and the same log on every transport."""
 
 import json
-import os
 
 import pytest
 import yaml
 from test_same_bits import gossamer, mpirun, run, torchrun
-
-LONG = pytest.mark.skipif(
-    not os.environ.get("GOSSAMER_LONG_TESTS"), reason="takes GOSSAMER_LONG_TESTS=1"
-)
 
 RUNS = {
     "shared": {"algorithm": {"name": "all-reduce"}},
@@ -74,8 +69,8 @@ def test_all_reduce_sends_8_bytes_for_each_number_to_each_rank(stacked):
 @pytest.mark.parametrize(
     ("launcher", "processes", "transport"),
     [
-        pytest.param(gossamer, 2, "native", marks=LONG),
-        pytest.param(torchrun, 2, "gloo", marks=LONG),
+        pytest.param(gossamer, 2, "native", marks=pytest.mark.long),
+        pytest.param(torchrun, 2, "gloo", marks=pytest.mark.long),
         (mpirun, 4, "mpi"),
     ],
 )

@@ -37,10 +37,20 @@ def failed_at(folder):
     return path.exists() and '"step": 3,' in path.read_text() and time.monotonic()
 
 
+FAULTS = ["raise", "sleep", "kill"]
+"""A rank that sleeps does not answer; neither does one that is stopped, in more launches."""
+
+
 @pytest.mark.parametrize(
-    ("transport", "processes"), [("native", 2), ("native", 4), ("gloo", 2), ("gloo", 4)]
+    ("transport", "processes"),
+    [
+        ("native", 4),
+        ("gloo", 2),
+        pytest.param("native", 2, marks=pytest.mark.long),
+        pytest.param("gloo", 4, marks=pytest.mark.long),
+    ],
 )
-@pytest.mark.parametrize("fault", ["raise", "sleep", "stop", "kill"])
+@pytest.mark.parametrize("fault", [*FAULTS, "stop"])
 def test_the_others_notice_and_name_peer_and_operation(
     zygote, job, tmp_path, fault, transport, processes
 ):
@@ -110,7 +120,7 @@ def ended(process, seconds, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["gossamer", "torchrun", "mpirun"])
-@pytest.mark.parametrize("fault", ["raise", "sleep", "stop", "kill"])
+@pytest.mark.parametrize("fault", [*FAULTS, pytest.param("stop", marks=pytest.mark.long)])
 def test_a_launched_job_ends_in_time_and_leaves_no_process(job, tmp_path, launcher, fault):
     job(fault, rank=2)  # of process 1
     begun = time.monotonic()
