@@ -29,6 +29,10 @@ _STREAM_EXAMPLES = 1024
 """Fresh examples per rank that stand for the objective of a stream."""
 _TEXT_EXAMPLES = 128
 """Windows of text per rank that stand for a language model's objective."""
+_CHUNK = 512
+"""Examples of a forward pass."""
+_COLUMNS = 2**20
+"""Columns of a row that are compared at once, to hold no second row."""
 
 Part = tuple[Dataset, np.ndarray]
 """Examples to evaluate: a dataset and int64 places in it."""
@@ -52,7 +56,8 @@ class Evaluator:
         per_rank: bool = True,
         rank_grad_norm: bool = False,
         training: bool = True,
-        chunk: int = 512,
+        gradient: bool | None = None,
+        chunk: int | None = None,
         seed: int = 0,
     ) -> None:
         """Get ready to evaluate; every process passes the same arguments.
@@ -71,7 +76,9 @@ class Evaluator:
             rank_grad_norm: compute the gradient of f at every rank's row too: n times the work.
             training: also what comes of the training examples; where False, and there is no test
                 set, only the consensus is left.
-            chunk: examples of one forward pass at most.
+            gradient: compute grad_norm, which takes a row and the graph of a forward pass; None:
+                where the oracle backpropagates, too.
+            chunk: examples of one forward pass at most; None: as many as the oracle takes, or 512.
             seed: of a stream's examples, which differ from those of the training.
         """
         self._comm, self._layout, self._problem = comm, oracle.layout, problem
@@ -80,7 +87,8 @@ class Evaluator:
         # A loss that is not weighed by examples is one per token: the language models' mark.
         self._per_token = problem.weigh is not Problem.weigh
         self._examples = examples or (_TEXT_EXAMPLES if self._per_token else None)
-        self._chunk = chunk
+        self._chunk = chunk or oracle.examples_at_once or _CHUNK
+        self._gradient = oracle.backpropagates if gradient is None else gradient
         self._training = training
         self._per_rank, self._rank_grad_norm = per_rank, rank_grad_norm
         self._stream_seed = derive_key(seed, "evaluation")
@@ -94,7 +102,8 @@ class Evaluator:
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Return the figures at ``x``, the same on every process.
 
-        - ``loss``, ``grad_norm``: f and |grad f| at the mean row, over the training examples.
+        - ``loss``, ``grad_norm``: f and |grad f| at the mean row, over the training examples;
+          without gradients the loss alone.
         - ``consensus``: sqrt(sum_i |x_i - mean|^2 / n).
         - ``test_loss``: the loss of the mean row on the test set, where there is one.
         - ``accuracy`` (or what the task's score is called): of the mean row on the test set, or on
@@ -111,14 +120,13 @@ class Evaluator:
         comm, problem = self._comm, self._problem
         with self._evaluating():
             self._bind_mean_buffers()
-            mean = comm.all_reduce(x, op="mean", count=False)
+            mean = comm.all_reduce(x, op="mean", count=False) if comm.n > 1 else x
             figures = {"consensus": self._distance(x, mean)}
             if self._training:
-                found, grad_norm = self._objective_at(mean)
-                figures |= {**found, "grad_norm": grad_norm}
+                figures |= self._objective_at(mean, self._gradient)
             if self._training and self._rank_grad_norm:
                 rows = comm.all_gather(x, count=False)
-                norms = [self._objective_at(row[None])[1] for row in rows]
+                norms = [self._objective_at(row[None])["grad_norm"] for row in rows]
                 figures["rank_grad_norm"] = sum(norms) / comm.n
             if problem.test is not None:
                 figures |= self._test_at(problem.test, mean)
@@ -141,23 +149,26 @@ class Evaluator:
 
     # --- figures ----------------------------------------------------------------------------
 
-    def _objective_at(self, point: Tensor) -> tuple[dict[str, float], float]:
+    def _objective_at(self, point: Tensor, gradient: bool = True) -> dict[str, float]:
         """Return f and the score at ``point`` (1, d), and the norm of the gradient of f there."""
         comm, layout = self._comm, self._layout
-        grads = empty_rows(comm.local, layout.d, layout.dtype, point.device)
+        shape = (comm.local, layout.d) if gradient else (comm.local, 0)
+        grads = empty_rows(*shape, layout.dtype, point.device)
         sums = []
         for rank, grad in zip(comm.ranks, grads, strict=True):
-            layout.bind(self._problem.module, point[0], grad)
-            sums.append(self._sums(self._shard(rank), backward=True))
+            layout.bind(self._problem.module, point[0], grad if gradient else None)
+            sums.append(self._sums(self._shard(rank), backward=gradient))
         weight, table = self._table(sums)
         share = 1 / weight
         if self._objective == "examples":
             whole = weight * self._thinned()
             share = share * whole * (comm.n / comm.all_reduce(whole, count=False))
         # Now row i is rank i's term of a mean over ranks: f_i, or n N_i / N f_i.
-        gradient = comm.all_reduce(grads.mul_(share.to(grads)), op="mean", count=False)
-        means = comm.all_reduce(table * share, op="mean", count=False)
-        return self._named(means[0]), float(row_norm(gradient))
+        figures = self._named(comm.all_reduce(table * share, op="mean", count=False)[0])
+        if not gradient:
+            return figures
+        mean = comm.all_reduce(grads.mul_(share.to(grads)), op="mean", count=False)
+        return {**figures, "grad_norm": float(row_norm(mean))}
 
     def _test_at(self, test: Dataset, mean: Tensor) -> dict[str, float]:
         """Return the figures of the mean row: rank i evaluates the i-th part of the test set."""
@@ -189,9 +200,12 @@ class Evaluator:
         return figures
 
     def _distance(self, x: Tensor, mean: Tensor) -> float:
-        apart = x - mean
-        squares = self._comm.all_reduce(row_dot(apart, apart), count=False)
-        return math.sqrt(squares.item() / self._comm.n)
+        squares = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+        if self._comm.n > 1:
+            for columns in zip(x.split(_COLUMNS, dim=1), mean.split(_COLUMNS, dim=1), strict=True):
+                apart = torch.sub(*columns)
+                squares += row_dot(apart, apart)
+        return math.sqrt(self._comm.all_reduce(squares, count=False).item() / self._comm.n)
 
     # --- sums over examples -----------------------------------------------------------------
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.evaluation import Evaluator
 from gossamer.algorithms.problems import Problem
-from gossamer.algorithms.protocols import Algorithm, Metrics, Oracle
+from gossamer.algorithms.protocols import Algorithm, Oracle
 from gossamer.algorithms.sampling import Sampler
 from gossamer.runtime import Communicator
 from gossamer.runtime.state import Scalar, flatten, restore

@@ -9,17 +9,10 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from gossamer.algorithms.estimates import PLAIN, Estimate, Origin, Sink
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import (
-    PLAIN,
-    Algorithm,
-    Estimate,
-    Optimizer,
-    Oracle,
-    Origin,
-    Sink,
-)
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.algorithms.registry import find
 from gossamer.runtime import Communicator, ConfigError, RowLayout
 from gossamer.runtime.component import validate

@@ -63,6 +63,8 @@ class RunConfig(Component):
     """Steps between evaluations; default: a tenth of the run, on a multiple of log_every."""
     evaluate_examples: Annotated[Int, Field(ge=1)] | None = None
     """At most this many examples per rank in an evaluation; default: all (128 for language)."""
+    evaluate_gradient: bool | None = None
+    """Compute grad_norm; default: where the oracle backpropagates, and has the memory for it."""
     checkpoint_every: Annotated[Int, Field(ge=0)] = 0
     """Steps between checkpoints; 0: at the end, and when told to stop."""
     keep_checkpoints: Annotated[Int, Field(ge=1)] = 2

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer.algorithms.estimates import Directions
 from gossamer.algorithms.program import TrainingProgram
-from gossamer.algorithms.protocols import Directions
 from gossamer.algorithms.zeroth_order.probes import Probes
 from gossamer.algorithms.zeroth_order.records import RECORD, make_records
 from gossamer.launch.config import Experiment

@@ -29,6 +29,7 @@ _FREE = frozenset(
         "log_every",
         "evaluate_every",
         "evaluate_examples",
+        "evaluate_gradient",
         "checkpoint_every",
         "keep_checkpoints",
         "trace",

@@ -209,7 +209,10 @@ def _run_one(
         if config.tensorboard:
             check_tensorboard()
         problem = experiment.task.build(comm.n, config.seed)
-        evaluation = {"examples": config.evaluate_examples}
+        evaluation = {
+            "examples": config.evaluate_examples,
+            "gradient": config.evaluate_gradient,
+        }
         oracle = experiment.oracle()
         program = TrainingProgram(comm, problem, oracle, experiment.algorithm, evaluation)
         if checkpoint is not None:
@@ -292,6 +295,7 @@ def _summary(
 ) -> dict[str, Any]:
     topology = experiment.topology
     return {
+        "grad_norm": None,  # where nothing backpropagates
         **last,
         "steps": comm.step,
         "ranks": comm.n,

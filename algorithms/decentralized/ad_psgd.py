@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gossamer.algorithms.conditions import require_static
 from gossamer.algorithms.decentralized.fixed_rule import FixedRule
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Metrics, Oracle
+from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator, ConfigError, Random, combine
 from gossamer.topologies import Round, Topology
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from gossamer.algorithms.conditions import require_doubly_stochastic, require_static
 from gossamer.algorithms.decentralized.compressors import Contraction, TopK
 from gossamer.algorithms.decentralized.diagonal import self_weights
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, Messages, combine
 from gossamer.topologies import Topology
 

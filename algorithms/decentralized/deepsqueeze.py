@@ -15,8 +15,9 @@ from gossamer.algorithms.decentralized.compressors import (
     average_compressed,
 )
 from gossamer.algorithms.decentralized.diagonal import self_weights
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["DeepSqueeze", "DeepSqueezeState"]

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.decentralized.local_sgd import take_local_steps
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 from gossamer.topologies import Topology
 

@@ -16,8 +16,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Oracle
+from gossamer.algorithms.protocols import Algorithm, Oracle
 from gossamer.algorithms.schedules import horizon
 from gossamer.runtime import Communicator, combine, row_norm
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from gossamer.algorithms.decentralized.fixed_rule import FixedRule
 from gossamer.algorithms.decentralized.gradient_tracking import previous_round
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Metrics, Oracle
+from gossamer.algorithms.protocols import Oracle
 from gossamer.algorithms.schedules import horizon
 from gossamer.runtime import Communicator, combine
 

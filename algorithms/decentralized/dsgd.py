@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.optimizers.sgd import Momentum
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["DSGD"]

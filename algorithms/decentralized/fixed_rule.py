@@ -7,9 +7,10 @@ from typing import Any
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Estimate
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.problems import RankBatches
-from gossamer.algorithms.protocols import Algorithm, Estimate, Oracle
+from gossamer.algorithms.protocols import Algorithm, Oracle
 from gossamer.runtime import Communicator
 
 __all__ = ["FixedRule"]

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gossamer.algorithms.estimates import PLAIN, Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import PLAIN, Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, Work, combine
 
 __all__ = ["GradientTracking", "GradientTrackingState", "previous_round"]

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.decentralized.fixed_rule import FixedRule
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Metrics, Oracle
+from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["MomentumTracking"]

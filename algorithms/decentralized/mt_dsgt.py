@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gossamer.algorithms.conditions import require_static, require_symmetric
 from gossamer.algorithms.decentralized.gradient_tracking import GradientTrackingState
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 from gossamer.topologies import Topology, spectrum
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gossamer.algorithms.conditions import require_column_stochastic, require_own_weight
 from gossamer.algorithms.decentralized.diagonal import self_weights
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 from gossamer.topologies import Topology
 

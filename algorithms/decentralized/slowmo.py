@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gossamer.algorithms.conditions import require_doubly_stochastic
 from gossamer.algorithms.decentralized.local_sgd import take_local_steps
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, combine
 from gossamer.topologies import Topology
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Optimizer, Origin
+from gossamer.algorithms.estimates import Origin
+from gossamer.algorithms.protocols import Optimizer
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import combine
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.protocols import PLAIN, Directions, Optimizer, Origin
+from gossamer.algorithms.estimates import PLAIN, Directions, Origin
+from gossamer.algorithms.protocols import Optimizer
 from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.rows import combine
 

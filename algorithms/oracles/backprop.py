@@ -13,10 +13,10 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Clip, Estimate, Sink
 from gossamer.algorithms.oracles.module_oracle import ModuleOracle, chunks_of
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Clip, Estimate, Sink
 from gossamer.runtime import Communicator, ConfigError, combine
 from gossamer.runtime.random import Random
 from gossamer.runtime.rows import empty_rows

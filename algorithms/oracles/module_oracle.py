@@ -68,6 +68,11 @@ class ModuleOracle(Oracle):
         return self._weighting
 
     @property
+    def examples_at_once(self) -> int | None:
+        """The micro-batch's size, where one is given."""
+        return self.micro_batch_size
+
+    @property
     def buffers(self) -> BufferRows:
         """The hosted ranks' buffers (running statistics)."""
         return self._buffers

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.algorithms.estimates import Clip
 from gossamer.algorithms.oracles.per_sample_layers import terms_of
 from gossamer.algorithms.oracles.per_sample_terms import (
     LOOSE,
@@ -28,7 +29,6 @@ from gossamer.algorithms.oracles.per_sample_terms import (
 )
 from gossamer.algorithms.oracles.vectorized import Stateless
 from gossamer.algorithms.problems import Problem
-from gossamer.algorithms.protocols import Clip
 from gossamer.runtime import ConfigError, RowLayout
 
 __all__ = ["PerSampleGradients", "add_bounded", "check_layers"]

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
+from gossamer.algorithms.estimates import TrainingFigures
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Algorithm, Oracle, TrainingFigures
+from gossamer.algorithms.protocols import Algorithm, Oracle
 from gossamer.runtime import Communicator, RowLayout
 
 __all__ = ["OracleWrapper"]
@@ -54,6 +55,16 @@ class OracleWrapper(Oracle):
     def weighting(self) -> Literal["ranks", "examples"] | None:
         """The inner oracle's."""
         return self.inner.weighting
+
+    @property
+    def backpropagates(self) -> bool:
+        """Whether the inner oracle does."""
+        return self.inner.backpropagates
+
+    @property
+    def examples_at_once(self) -> int | None:
+        """The inner oracle's."""
+        return self.inner.examples_at_once
 
     @property
     def training_figures(self) -> TrainingFigures:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Clip
+from gossamer.algorithms.estimates import Clip
 
 __all__ = ["AdaptiveClip", "AutoClip", "ClipKind", "FlatClip", "LayerClip", "make_clip"]
 

@@ -13,9 +13,9 @@ from pydantic import Field, PrivateAttr
 from scipy.signal import lfilter
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Estimate
 from gossamer.algorithms.privacy.gradient_filter import GradientFilter
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Estimate
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as weighted
 

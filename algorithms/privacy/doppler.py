@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_
 from scipy.signal import lfilter
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Estimate
 from gossamer.algorithms.privacy.filter_coefficients import (
     Coefficients,
     Response,
@@ -24,7 +25,6 @@ from gossamer.algorithms.privacy.filter_coefficients import (
 )
 from gossamer.algorithms.privacy.gradient_filter import GradientFilter
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Estimate
 from gossamer.runtime import Communicator, ConfigError
 
 __all__ = ["Doppler"]

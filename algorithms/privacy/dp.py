@@ -13,6 +13,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Estimate, Origin, Sink, TrainingFigures
 from gossamer.algorithms.privacy import accounting
 from gossamer.algorithms.privacy.adaptive import shared_noise
 from gossamer.algorithms.privacy.clipping import AdaptiveClip, AnyClip, make_clip
@@ -25,7 +26,7 @@ from gossamer.algorithms.privacy.release import Release
 from gossamer.algorithms.privacy.sampling_plan import SamplingPlan, require_countable
 from gossamer.algorithms.privacy.statement import PrivacyStatement
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Algorithm, Estimate, Origin, Sink, TrainingFigures
+from gossamer.algorithms.protocols import Algorithm
 from gossamer.runtime import Communicator, ConfigError
 
 __all__ = ["DP"]

@@ -12,11 +12,12 @@ import torch
 from pydantic import PrivateAttr, field_validator
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Directions, Estimate, Origin, Sink
 from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy.noise_strategies import inverse_coefficients
 from gossamer.algorithms.privacy.release import Release
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Directions, Estimate, Oracle, Origin, Sink
+from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as weighted
 from gossamer.runtime.rows import empty_rows

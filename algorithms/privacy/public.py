@@ -12,12 +12,13 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Estimate, Origin, Sink
 from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy.dp import DP
 from gossamer.algorithms.privacy.public_schedule import Mix, Patience, mean_loss, public_weight
 from gossamer.algorithms.privacy.public_split import PublicSplit, split_public
 from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Estimate, Oracle, Origin, Sink
+from gossamer.algorithms.protocols import Oracle
 from gossamer.algorithms.sampling import Sampler
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as weighted

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Directions
+from gossamer.algorithms.estimates import Directions
 from gossamer.runtime import Communicator, RowLayout, combine
 from gossamer.runtime.perturb import Probe, release_
 

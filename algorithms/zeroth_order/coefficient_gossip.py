@@ -12,9 +12,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.algorithms.zeroth_order.probes import Probes
 from gossamer.algorithms.zeroth_order.records import require_own_directions
 from gossamer.runtime import Communicator, ConfigError

@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Directions, Metrics
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Directions, Metrics, Oracle
+from gossamer.algorithms.protocols import Algorithm, Oracle
 from gossamer.runtime import Communicator, combine
 from gossamer.topologies import Topology
 

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Algorithm, Metrics, Optimizer, Oracle
+from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.algorithms.zeroth_order.dissemination import dissemination
 from gossamer.algorithms.zeroth_order.probes import Along, Probes
 from gossamer.algorithms.zeroth_order.records import (

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from gossamer.algorithms.estimates import Directions
 from gossamer.algorithms.problems import Loss
-from gossamer.algorithms.protocols import Directions
 from gossamer.algorithms.zeroth_order.probes import Probes
 from gossamer.runtime import Communicator, ConfigError, RowLayout, combine
 from gossamer.runtime.errors import nearest

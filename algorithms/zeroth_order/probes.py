@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Directions
+from gossamer.algorithms.estimates import Directions
 from gossamer.runtime import Communicator, RowLayout
 from gossamer.runtime.perturb import Distribution, Mask, Probe, update_
 from gossamer.runtime.rows import empty_rows

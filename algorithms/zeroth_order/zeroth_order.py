@@ -19,11 +19,12 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gossamer.algorithms.estimates import Estimate, Metrics, Sink
 from gossamer.algorithms.optimizers.sgd import SGD, SignSGD
 from gossamer.algorithms.oracles.module_oracle import ModuleOracle
 from gossamer.algorithms.oracles.vectorized import Stateless
 from gossamer.algorithms.problems import DataPlan, Loss, Problem, RankBatches
-from gossamer.algorithms.protocols import Algorithm, Estimate, Metrics, Sink
+from gossamer.algorithms.protocols import Algorithm
 from gossamer.algorithms.zeroth_order.blocks import Partition, blocks_of
 from gossamer.algorithms.zeroth_order.hybrid import FirstOrderPart, Hybrid
 from gossamer.algorithms.zeroth_order.objectives import find_objective
@@ -177,6 +178,16 @@ class ZerothOrder(ModuleOracle):
             )
         log.info("zeroth order: the loss takes parameters past their layers, so rows are copied")
         return None
+
+    @property
+    def backpropagates(self) -> bool:
+        """No: an evaluation must not take more memory than a step."""
+        return False
+
+    @property
+    def examples_at_once(self) -> int | None:
+        """Those of a loss."""
+        return self.micro_batch_size or (None if self.sampling == "full" else self.batch_size)
 
     @property
     def recipe(self) -> dict[str, Any] | None:

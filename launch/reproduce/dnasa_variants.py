@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from gossamer.algorithms.decentralized.dnasa import DNASA, DNASAState
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Metrics, Oracle
+from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator
 
 __all__ = ["LocalAverage"]

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Estimate, Sink
 from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy.clipping import make_clip
 from gossamer.algorithms.problems import Batch, DataPlan, Dataset, Problem, RankBatches
-from gossamer.algorithms.protocols import Estimate, Oracle, Sink
+from gossamer.algorithms.protocols import Oracle
 from gossamer.launch.reproduce.claims import Claim, between, shown
 from gossamer.launch.reproduce.private import BASELINE, Setting
 from gossamer.launch.reproduce.simulation import Laboratory

@@ -14,8 +14,9 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
+from gossamer.algorithms.estimates import Estimate, Sink
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Estimate, Oracle, Sink
+from gossamer.algorithms.protocols import Oracle
 from gossamer.algorithms.tasks.objectives import ClassificationLoss
 from gossamer.runtime import Communicator, ConfigError, RowLayout
 

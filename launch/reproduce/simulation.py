@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.program import TrainingProgram
-from gossamer.algorithms.protocols import Metrics
 from gossamer.launch.config import Experiment, resolve
 from gossamer.runtime import Communicator, StackedTransport, row_norm
 from gossamer.runtime.loop import LoopOptions, Record, run_loop

@@ -24,9 +24,10 @@ from gossamer.algorithms.decentralized.kgt import KGT
 from gossamer.algorithms.decentralized.momentum_tracking import MomentumTracking
 from gossamer.algorithms.decentralized.mt_dsgt import MTDSGT
 from gossamer.algorithms.decentralized.quasi_global import QGAdam, QGDSGDm
+from gossamer.algorithms.estimates import Estimate
 from gossamer.algorithms.optimizers.sgd import SGD, Momentum
 from gossamer.algorithms.problems import Batch, DataPlan
-from gossamer.algorithms.protocols import Estimate, Oracle
+from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator, RowLayout, StackedTransport
 
 SIZES = (8, 5)  # two tensors; the second is padded to 8 elements of float64

@@ -10,9 +10,10 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from gossamer.algorithms.estimates import Estimate
 from gossamer.algorithms.optimizers.sgd import SGD, Momentum
 from gossamer.algorithms.problems import Batch, DataPlan, Problem, RankBatches
-from gossamer.algorithms.protocols import Algorithm, Estimate, Oracle
+from gossamer.algorithms.protocols import Algorithm, Oracle
 from gossamer.runtime import Communicator, RowLayout, StackedTransport
 from gossamer.topologies import Round, Topology
 

@@ -11,10 +11,11 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from gossamer.algorithms.estimates import Estimate, Origin
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
 from gossamer.algorithms.problems import DataPlan
-from gossamer.algorithms.protocols import Estimate, Oracle, Origin
+from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator, RowLayout, StackedTransport
 from gossamer.topologies import build
 

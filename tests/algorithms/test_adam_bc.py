@@ -7,11 +7,11 @@ import pytest
 import torch
 from quadratic_for_tests import D, Given, Quadratic, Run
 
+from gossamer.algorithms.estimates import PLAIN, Estimate, Origin
 from gossamer.algorithms.optimizers.adam import Adam
 from gossamer.algorithms.optimizers.adam_bc import AdamBC
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
-from gossamer.algorithms.protocols import PLAIN, Estimate, Origin
 from gossamer.runtime import ConfigError
 
 

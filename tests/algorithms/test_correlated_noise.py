@@ -12,6 +12,7 @@ from quadratic_for_tests import STACKS, Given, gradients
 from scipy.linalg import toeplitz
 
 from gossamer.algorithms.decentralized.all_reduce import AllReduce
+from gossamer.algorithms.estimates import Estimate, Origin
 from gossamer.algorithms.optimizers.adam_bc import AdamBC
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.privacy.accounting import Segment
@@ -19,7 +20,6 @@ from gossamer.algorithms.privacy.accounting import spent as epsilon_of
 from gossamer.algorithms.privacy.doppler import Doppler
 from gossamer.algorithms.privacy.noise_strategies import banded, inverse_coefficients
 from gossamer.algorithms.problems import DataPlan
-from gossamer.algorithms.protocols import Estimate, Origin
 from gossamer.algorithms.sampling import Sampler
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime import ConfigError

@@ -14,9 +14,12 @@ from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.bundled import Digits, Wine
 from gossamer.algorithms.tasks.least_squares import LeastSquares
+from gossamer.algorithms.zeroth_order.zeroth_order import ZerothOrder
+from gossamer.runtime import Communicator
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.rows import RowLayout
 from gossamer.runtime.transports.stacked import StackedTransport
+from gossamer.topologies import build
 
 
 def rows_around(problem, n, scale=0.1):
@@ -33,7 +36,10 @@ def rows_around(problem, n, scale=0.1):
 
 
 def evaluate(comm, problem, x, layout, **options):
-    evaluator = Evaluator(comm, SimpleNamespace(weighting=None, layout=layout), problem, **options)
+    oracle = SimpleNamespace(
+        weighting=None, layout=layout, backpropagates=True, examples_at_once=None
+    )
+    evaluator = Evaluator(comm, oracle, problem, **options)
     return evaluator.evaluate(x[comm.ranks.start : comm.ranks.stop])
 
 
@@ -100,6 +106,38 @@ def test_figures_are_what_they_say(objective, chunk):
     assert figures["rank_accuracy"] == pytest.approx(np.mean(accuracies), rel=1e-12)
     assert figures["worst_rank_accuracy"] == min(accuracies)
     assert "perplexity" not in figures
+
+
+def test_without_gradients_all_else_is_the_same():
+    problem = wine()
+    x, layout = rows_around(problem, 5)
+    whole = evaluate(RankGroup(5, StackedTransport()), problem, x, layout)
+    assert whole.pop("grad_norm") > 0
+    assert evaluate(RankGroup(5, StackedTransport()), problem, x, layout, gradient=False) == whole
+
+
+def test_forward_passes_alone_keep_no_graph_and_no_gradient_and_are_no_larger_than_a_step():
+    batches, graphs = [], []
+
+    def loss(module, inputs):
+        batches.append(len(inputs[0]))
+        value = module(inputs[0]).square().mean()
+        graphs.append(value.requires_grad)
+        return value
+
+    data = TensorDataset((torch.randn(20, 3),))
+    problem = Problem(nn.Linear(3, 1), data, (np.arange(20),), loss)
+    comm = Communicator(build("ring", 1), StackedTransport())
+    oracle = ZerothOrder(batch_size=8)
+    oracle.setup(comm, problem)
+    row = torch.zeros(1, oracle.layout.d)
+    batches.clear()
+    graphs.clear()
+    figures = Evaluator(comm, oracle, problem).evaluate(row)
+    assert set(figures) == {"loss", "consensus", "rank_loss", "worst_rank_loss"}
+    assert batches == [8, 8, 4] * 2
+    assert not any(graphs)
+    assert "grad_norm" in Evaluator(comm, oracle, problem, gradient=True).evaluate(row)
 
 
 @pytest.mark.parametrize("options", [{}, {"objective": "examples", "examples": 11}])
@@ -226,7 +264,9 @@ def test_running_statistics_are_averaged_for_the_mean_row_and_kept_apart_per_ran
     for i in range(2):
         buffers.bind(i)
         problem.module[0].running_mean += i
-    oracle = SimpleNamespace(weighting=None, layout=layout, buffers=buffers)
+    oracle = SimpleNamespace(
+        weighting=None, layout=layout, buffers=buffers, backpropagates=True, examples_at_once=None
+    )
     figures = Evaluator(RankGroup(2, StackedTransport()), oracle, problem).evaluate(x)
     assert torch.equal(problem.module[0].running_mean, torch.ones(13).double())
     problem.module.eval()

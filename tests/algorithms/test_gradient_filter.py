@@ -10,11 +10,11 @@ from pydantic import PrivateAttr
 from quadratic_for_tests import STACKS, D, Given, Quadratic, Run, given_rows, gradients, random_rows
 from torch import nn
 
+from gossamer.algorithms.estimates import Estimate, Origin
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.oracles.wrapper import OracleWrapper
 from gossamer.algorithms.privacy.disk import Disk
 from gossamer.algorithms.privacy.doppler import Doppler
-from gossamer.algorithms.protocols import Estimate, Origin
 from gossamer.algorithms.registry import find
 from gossamer.runtime import ConfigError
 from gossamer.runtime.component import validate

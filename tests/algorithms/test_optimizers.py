@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from gossamer.algorithms.estimates import PLAIN
 from gossamer.algorithms.optimizers.adam import Adam, AdamW
 from gossamer.algorithms.optimizers.sgd import SGD, Momentum
-from gossamer.algorithms.protocols import PLAIN
 from gossamer.algorithms.registry import REGISTRY, find
 from gossamer.runtime import Communicator, ConfigError, StackedTransport
 from gossamer.runtime.component import validate

@@ -11,8 +11,9 @@ from torch import Tensor
 from gossamer.algorithms.decentralized.compressors import AnyCompressor, Sign
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.fixed_rule import FixedRule
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
-from gossamer.algorithms.protocols import Metrics, Oracle
+from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator, combine
 from gossamer.topologies import Topology
 
