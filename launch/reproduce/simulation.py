@@ -58,6 +58,10 @@ class Trajectory:
     records: tuple[Record, ...]
     sha256: str
 
+    def first(self, figure: str) -> float:
+        """Return a figure before the first step."""
+        return float(self.records[0][figure])
+
     def last(self, figure: str) -> float:
         """Return a figure at the end."""
         return float(self.records[-1][figure])
@@ -73,6 +77,10 @@ class Sample:
     """One configuration over several seeds."""
 
     trajectories: tuple[Trajectory, ...]
+
+    def first(self, figure: str) -> np.ndarray:
+        """Return a figure before the first step, one per seed."""
+        return np.array([t.first(figure) for t in self.trajectories])
 
     def last(self, figure: str) -> np.ndarray:
         """Return a figure at the end, one per seed."""
