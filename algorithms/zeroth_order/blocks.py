@@ -6,7 +6,7 @@ from typing import Literal
 
 from gossamer.runtime import RowLayout
 
-__all__ = ["Partition", "blocks_of"]
+__all__ = ["Partition", "blocks_of", "is_layer"]
 
 Partition = Literal["none", "layer", "sublayer", "module"]
 
@@ -24,6 +24,12 @@ def blocks_of(layout: RowLayout, partition: Partition) -> list[frozenset[int] | 
     for s in layout.slices:
         found.setdefault(_block_name(s.name, partition), set()).add(s.tensor)
     return [frozenset(tensors) for tensors in found.values()]
+
+
+def is_layer(module: str) -> bool:
+    """Say whether a module's name is that of a numbered part of the model, of no other inside."""
+    *outer, last = module.split(".")
+    return last.isdigit() and not any(part.isdigit() for part in outer)
 
 
 def _block_name(name: str, partition: Partition) -> str:

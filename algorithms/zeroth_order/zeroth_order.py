@@ -7,6 +7,7 @@ can make again: with ``all-reduce`` the ranks exchange these numbers alone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from gossamer.algorithms.protocols import Algorithm
 from gossamer.algorithms.zeroth_order.blocks import Partition, blocks_of
 from gossamer.algorithms.zeroth_order.hybrid import FirstOrderPart, Hybrid
 from gossamer.algorithms.zeroth_order.objectives import find_objective
+from gossamer.algorithms.zeroth_order.prefix import PrefixCache
 from gossamer.algorithms.zeroth_order.probes import Along, Probes
 from gossamer.algorithms.zeroth_order.transient import TransientModule
 from gossamer.runtime import Communicator, ConfigError, row_dot
@@ -77,7 +79,8 @@ class ZerothOrder(ModuleOracle):
     blocks: Partition = "none"
     """Take losses along the parts of z on ``layer``, ``sublayer`` or ``module`` one by one: 2 q
     losses for each, and less variance. A step with ``all-reduce`` moves each block before the next
-    one's losses are taken (Gauss-Seidel), unless ``sweep: jacobi``."""
+    one's losses are taken (Gauss-Seidel), unless ``sweep: jacobi``. Layers before the block run for
+    the first of its losses alone."""
     sweep: Literal["gauss-seidel", "jacobi"] = "gauss-seidel"
     """``jacobi``: all blocks at the same x; algorithms that need a whole gradient do so anyway."""
     first_order: tuple[str, ...] = ()
@@ -98,6 +101,7 @@ class ZerothOrder(ModuleOracle):
     _forwards: int = PrivateAttr(default=0)
     _blocks: list[frozenset[int] | None] = PrivateAttr()
     _part: FirstOrderPart | None = PrivateAttr(default=None)
+    _prefix: PrefixCache | None = PrivateAttr(default=None)
     _has_warned: bool = PrivateAttr(default=False)
 
     def adapt(self, algorithm: Algorithm) -> None:
@@ -162,7 +166,16 @@ class ZerothOrder(ModuleOracle):
             self._transient = self._find_transient(problem)
         if self._transient is None:
             self._copy = torch.empty(self._layout.d, dtype=self._layout.dtype, device=comm.device)
+        if self.blocks != "none" and self.estimate != "forward":
+            self._prefix = self._find_prefix(problem)
         return plan
+
+    def _find_prefix(self, problem: Problem) -> PrefixCache:
+        """Return what skips the layers before a block."""
+        one_pass = min(_CHECKED, self.micro_batch_size or _CHECKED)
+        inputs = tuple(t.to(self._comm.device) for t in problem.examples(one_pass))
+        blocks = [block for block in self._blocks if block is not None]
+        return PrefixCache(problem.module, self._layout, blocks, partial(self._bound_loss, inputs))
 
     def _find_transient(self, problem: Problem) -> TransientModule | None:
         """Return what moves the parameters; None where it would miss some."""
@@ -227,7 +240,14 @@ class ZerothOrder(ModuleOracle):
         combine: Sequence[tuple[float, Tensor]] | None = None,
     ) -> Estimate:
         """Return the estimate as Probes; the loss is the mean of those that were taken."""
-        return self._estimate(x, batch, self._blocks, self._next_draw(), combine)
+        try:
+            return self._estimate(x, batch, self._blocks, self._next_draw(), combine)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._prefix is not None:
+            self._prefix.clear()
 
     def sweep_over(self, x: Tensor, batch: RankBatches) -> Iterator[Estimate]:
         """Yield an estimate for each block, at x as it is by then."""
@@ -235,8 +255,11 @@ class ZerothOrder(ModuleOracle):
             yield self.deferred(x, batch)
             return
         draw = self._next_draw()
-        for block in self._blocks:
-            yield self._estimate(x, batch, [block], draw, None)
+        try:
+            for block in self._blocks:
+                yield self._estimate(x, batch, [block], draw, None)
+        finally:
+            self._forget()
 
     def _estimate(
         self,
@@ -252,8 +275,8 @@ class ZerothOrder(ModuleOracle):
         slopes = torch.zeros(comm.local, len(along[0]), dtype=torch.float64)
         losses = torch.zeros(comm.local, dtype=torch.float64)
         for i, (rank, examples) in enumerate(zip(comm.ranks, batch, strict=True)):
-            for c, rows in points:
-                found, loss = self._slopes(rows[i], i, examples.inputs, along[rank])
+            for k, (c, rows) in enumerate(points):
+                found, loss = self._slopes(rows[i], i, k, examples.inputs, along[rank])
                 slopes[i] += c * found
                 losses[i] = loss if rows is x else losses[i]
         if not any(rows is x for _, rows in points):
@@ -309,9 +332,12 @@ class ZerothOrder(ModuleOracle):
         return [Along(0, k, b) for b in blocks for k in order[0, : self.queries].tolist()]
 
     def _slopes(
-        self, row: Tensor, i: int, inputs: tuple[Tensor, ...], along: Sequence[Along]
+        self, row: Tensor, i: int, k: int, inputs: tuple[Tensor, ...], along: Sequence[Along]
     ) -> tuple[Tensor, float]:
-        """Return what multiplies each z in the sum over directions, float64, and the loss."""
+        """Return what multiplies each z in the sum over directions, float64, and the loss.
+
+        The row is that of hosted rank i at point k.
+        """
         if self._transient is None:
             self._module_at(self._copy.copy_(row), i)
         else:
@@ -320,13 +346,14 @@ class ZerothOrder(ModuleOracle):
         slopes, losses = [], []
         for direction in along:
             length = self._length(direction)  # what losses are taken along is length z
+            beside = partial(self._loss_beside, row, (i, k), inputs, direction)
             if self.estimate == "forward":
                 slope, loss = self._derivative(row, inputs, direction)
                 slope *= length
             else:
-                high = self._loss_beside(row, inputs, direction, self.eps * length)
+                high = beside(self.eps * length)
                 if self.estimate == "two-sided":
-                    low = self._loss_beside(row, inputs, direction, -self.eps * length)
+                    low = beside(-self.eps * length)
                     slope, loss = (high - low) / (2 * self.eps), (high + low) / 2
                 else:
                     slope, loss = (high - at_x) / self.eps, at_x
@@ -338,16 +365,24 @@ class ZerothOrder(ModuleOracle):
         return torch.tensor(slopes, dtype=torch.float64), sum(losses) / len(losses)
 
     def _loss_beside(
-        self, row: Tensor, inputs: tuple[Tensor, ...], along: Along, scale: float
+        self,
+        row: Tensor,
+        place: tuple[int, int],
+        inputs: tuple[Tensor, ...],
+        along: Along,
+        scale: float,
     ) -> float:
-        """Return the loss at ``row + scale z``; the row is kept."""
+        """Return the loss at ``row + scale z``; the row, at ``place``, is kept."""
         z = (self._seed, along.step, along.number, scale, self._elements, self._mask)
         tensors = along.tensors
-        if self._transient is not None:
-            with self._transient.moved(partial(_move, z), tensors):
-                return self._bound_loss(inputs)
-        perturb_(self._copy.copy_(row), self._layout, *z, tensors=tensors)
-        return self._bound_loss(inputs)
+        with contextlib.ExitStack() as stack:
+            if self._prefix is not None and tensors is not None:
+                stack.enter_context(self._prefix.before(tensors, place))
+            if self._transient is not None:
+                stack.enter_context(self._transient.moved(partial(_move, z), tensors))
+            else:
+                perturb_(self._copy.copy_(row), self._layout, *z, tensors=tensors)
+            return self._bound_loss(inputs)
 
     def _derivative(
         self, row: Tensor, inputs: tuple[Tensor, ...], along: Along

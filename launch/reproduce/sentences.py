@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def write(folder: Path, seed: int, train: int = 512, test: int = 1000) -> None:
     Raises:
         ConfigError: ``transformers`` is not installed.
     """
-    _pretrained(seed).save_pretrained(folder / "model")
+    model: Any = _pretrained(seed)
+    model.save_pretrained(folder / "model")
     _tokenizer().save_pretrained(folder / "model")
     (folder / "data").mkdir()
     for name, count in (("train", train), ("test", test)):
@@ -117,20 +119,19 @@ def _pretrained(seed: int) -> torch.nn.Module:
         logits = model(input_ids=texts).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return model.eval()
 
 
-def _tokenizer() -> object:
+def _tokenizer() -> Any:
     """Return a tokenizer of these words, by spaces."""
     tokenizers, models = load_package("tokenizers"), load_package("tokenizers.models")
     core = tokenizers.Tokenizer(models.WordLevel(_NUMBER, unk_token=_SPECIAL[1]))
     core.pre_tokenizer = load_package("tokenizers.pre_tokenizers").WhitespaceSplit()
-    tokenizer: object = load_package("transformers").PreTrainedTokenizerFast(
+    return load_package("transformers").PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=_SPECIAL[0],
         unk_token=_SPECIAL[1],
         model_input_names=["input_ids", "attention_mask"],
     )
-    return tokenizer
