@@ -106,6 +106,7 @@ class Evaluator:
           without gradients the loss alone.
         - ``consensus``: sqrt(sum_i |x_i - mean|^2 / n).
         - ``test_loss``: the loss of the mean row on the test set, where there is one.
+        - ``dev_loss``, ``dev_accuracy``: of the mean row on the examples to choose by, likewise.
         - ``accuracy`` (or what the task's score is called): of the mean row on the test set, or on
           the training examples where there is none.
         - ``rank_loss``, ``worst_rank_loss``, ``rank_accuracy``, ``worst_rank_accuracy``: mean and
@@ -129,7 +130,11 @@ class Evaluator:
                 norms = [self._objective_at(row[None])["grad_norm"] for row in rows]
                 figures["rank_grad_norm"] = sum(norms) / comm.n
             if problem.test is not None:
-                figures |= self._test_at(problem.test, mean)
+                found = self._held_out_at(problem.test, mean)
+                figures |= {"test_loss": found.pop("loss"), **found}
+            if problem.dev is not None:
+                found = self._held_out_at(problem.dev, mean)
+                figures |= {f"dev_{name}": value for name, value in found.items()}
             if self._per_rank and (self._training or problem.test is not None):
                 figures |= self._by_rank(x)
         nats = figures.get("test_loss", figures.get("loss"))
@@ -170,15 +175,14 @@ class Evaluator:
         mean = comm.all_reduce(grads.mul_(share.to(grads)), op="mean", count=False)
         return {**figures, "grad_norm": float(row_norm(mean))}
 
-    def _test_at(self, test: Dataset, mean: Tensor) -> dict[str, float]:
-        """Return the figures of the mean row: rank i evaluates the i-th part of the test set."""
+    def _held_out_at(self, held_out: Dataset, mean: Tensor) -> dict[str, float]:
+        """Return loss and score of the mean row: rank i evaluates the i-th part of the examples."""
         comm = self._comm
-        parts = np.array_split(self._test_places(test), comm.n)
+        parts = np.array_split(self._test_places(held_out), comm.n)
         self._layout.bind(self._problem.module, mean[0])
-        weight, table = self._table([self._sums((test, parts[rank])) for rank in comm.ranks])
+        weight, table = self._table([self._sums((held_out, parts[rank])) for rank in comm.ranks])
         weight, table = (comm.all_reduce(t, count=False) for t in (weight, table))
-        figures = self._named((table / weight)[0])
-        return {"test_loss": figures.pop("loss"), **figures}
+        return self._named((table / weight)[0])
 
     def _by_rank(self, x: Tensor) -> dict[str, float]:
         """Return mean and worst over ranks of what each one's own row does."""

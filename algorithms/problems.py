@@ -118,6 +118,7 @@ class Problem:
         train: the examples.
         shards: per rank, int64 places in ``train``; empty for a stream.
         test: held-out examples, or None.
+        dev: further ones, to choose by, or None.
         loss: (module, inputs) -> (): the mean over examples (tokens for a language model).
         score: (module, inputs) -> sums over examples, each divided by their ``weigh`` at the end:
             ``{"accuracy": number right}``; None where the task has none.
@@ -133,6 +134,7 @@ class Problem:
     shards: tuple[np.ndarray, ...]
     loss: Loss
     test: Dataset | None = None
+    dev: Dataset | None = None
     score: Score | None = None
     weigh: Callable[[tuple[Tensor, ...]], float] = _count_examples
     objective: Literal["ranks", "examples"] = "ranks"

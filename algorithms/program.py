@@ -14,7 +14,7 @@ from gossamer.algorithms.evaluation import Evaluator
 from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.protocols import Algorithm, Oracle
 from gossamer.algorithms.sampling import Sampler
-from gossamer.runtime import Communicator
+from gossamer.runtime import Communicator, RanksDiffer
 from gossamer.runtime.state import Scalar, flatten, restore
 
 __all__ = ["TrainingProgram"]
@@ -102,10 +102,31 @@ class TrainingProgram:
 
         Where privacy hides figures of the training examples, only those of the parameters and of
         the test set; where it marks them, their names begin with ``nonprivate_``.
+
+        Raises:
+            RanksDiffer: the algorithm keeps the ranks equal to the bit, and they are not.
         """
+        self._check_equal()
         figures = self._evaluator.evaluate(self.state.x)
         training = self._evaluator.training_names
         return {self._marked(k) if k in training else k: value for k, value in figures.items()}
+
+    def _check_equal(self) -> None:
+        """Compare the ranks' parameters, where the algorithm keeps them equal to the bit."""
+        comm = self.comm
+        if comm.n == 1 or self.algorithm.mean_delay(comm.topology) is None:
+            return
+        digests = [list(self.layout.digest(row)[:8]) for row in self.state.x]
+        local = torch.tensor(digests, dtype=torch.uint8, device=comm.device)
+        rows = comm.all_gather(local, count=False)
+        apart = (rows != rows[:1]).any(dim=1).nonzero().flatten().tolist()
+        if apart:
+            raise RanksDiffer(
+                f"parameters (step {comm.step}): {self.algorithm.name} keeps the ranks equal to "
+                f"the bit, but ranks {apart} hold others than rank 0: kernels that are not "
+                "deterministic, processors of several kinds, or faulty memory; resume from the "
+                "last checkpoint"
+            )
 
     def _marked(self, name: str) -> str:
         return f"nonprivate_{name}" if self._figures == "marked" else name

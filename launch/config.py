@@ -69,6 +69,9 @@ class RunConfig(Component):
     """Steps between checkpoints; 0: at the end, and when told to stop."""
     keep_checkpoints: Annotated[Int, Field(ge=1)] = 2
     """How many of the latest checkpoints stay."""
+    keep_best: str | None = None
+    """A figure of the evaluations, as accuracy or dev_loss: the checkpoint at its best stays in
+    best/, and its figures in the summary."""
     trace: bool = False
     """Write trace.json, a Chrome trace with a lane per process and kind of work."""
     tensorboard: bool = False

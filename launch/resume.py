@@ -32,6 +32,7 @@ _FREE = frozenset(
         "evaluate_gradient",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_best",
         "trace",
         "tensorboard",
     }

@@ -24,6 +24,7 @@ from gossamer.launch.agreement import (
     raise_together,
     require_same_configuration,
 )
+from gossamer.launch.best import Best
 from gossamer.launch.comparison import experiments_of, ranks_of, variants_of
 from gossamer.launch.config import Experiment, RunConfig
 from gossamer.launch.processes import end_with_torchrun
@@ -251,28 +252,42 @@ def _train(
     config = experiment.config
     options = _options(config)
 
-    def save_checkpoint() -> None:
+    def save_to(where: Path, keep: int, facts: Mapping[str, Any]) -> None:
         if records is not None:
             records.sync()  # it must reach as far as the checkpoint
         tensors, scalars = program.snapshot()
         meta = {
+            **facts,
             "round": comm.round,
             "signature": program.signature(),
             "traffic": traffic_totals(comm),
             "topology": experiment.topology.digest(),
             "configuration": experiment.resolved(),
         }
-        where = folder / "checkpoints"
-        save(where, comm, tensors, scalars, program.mean(), meta, keep=config.keep_checkpoints)
+        save(where, comm, tensors, scalars, program.mean(), meta, keep=keep)
 
+    def save_checkpoint() -> None:
+        save_to(folder / "checkpoints", config.keep_checkpoints, {})
+
+    best = Best(config.keep_best, folder, comm, save_to) if config.keep_best else None
     with terminations() as stop, recorder, records or contextlib.nullcontext():
-        run_loop(comm, program, options, log=recorder.log, save=save_checkpoint, stop=stop)
+        run_loop(
+            comm,
+            program,
+            options,
+            log=recorder.log,
+            save=save_checkpoint,
+            evaluated=best.see if best else lambda record: None,
+            stop=stop,
+        )
     if config.trace:
         from gossamer.launch.trace import write_trace
 
         with writing(folder / "trace.json"):
             write_trace(folder / "trace.json", comm)
     summary = _summary(experiment, comm, program, recorder.last)
+    if best is not None:
+        summary["best"] = best.record
     if comm.transport.process == 0:
         path = folder / "summary.json"
         with writing(path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from gossamer.launch.agreement import raise_together, share_text
+from gossamer.launch.best import BEST
 from gossamer.launch.comparison import ranks_of, variants_of
 from gossamer.launch.config import Experiment
 from gossamer.launch.recorder import Recorder, write_whole
@@ -91,6 +93,8 @@ def prepare_folder(folder: Path, experiment: Experiment, step: int, recorder: Re
         write_whole(folder / "config.yaml", resolved)
         (folder / "summary.json").unlink(missing_ok=True)
         discard_after(folder / "checkpoints", step)
+        if step == 0:
+            shutil.rmtree(folder / BEST, ignore_errors=True)
         recorder.truncate(step if step > 0 else -1)
     except OSError as error:
         raise ConfigError(

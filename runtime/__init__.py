@@ -2,7 +2,14 @@
 
 from gossamer import register_backend
 from gossamer.runtime.communicator import Communicator, Work
-from gossamer.runtime.errors import CommError, CommTimeout, ConfigError, PeerLost, RoundMismatch
+from gossamer.runtime.errors import (
+    CommError,
+    CommTimeout,
+    ConfigError,
+    PeerLost,
+    RanksDiffer,
+    RoundMismatch,
+)
 from gossamer.runtime.messages import Messages, RaggedMessages
 from gossamer.runtime.random import Random, Stream
 from gossamer.runtime.rows import RowLayout, combine, row_dot, row_norm
@@ -18,6 +25,7 @@ __all__ = [
     "PeerLost",
     "RaggedMessages",
     "Random",
+    "RanksDiffer",
     "RoundMismatch",
     "RowLayout",
     "StackedTransport",

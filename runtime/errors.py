@@ -5,7 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CommError", "CommTimeout", "ConfigError", "PeerLost", "RoundMismatch", "nearest"]
+__all__ = [
+    "CommError",
+    "CommTimeout",
+    "ConfigError",
+    "PeerLost",
+    "RanksDiffer",
+    "RoundMismatch",
+    "nearest",
+]
 
 
 class ConfigError(ValueError):
@@ -26,6 +34,10 @@ class PeerLost(CommError):
 
 class RoundMismatch(CommError):
     """The processes hold different rounds (graph, weights or schedule); raised on every one."""
+
+
+class RanksDiffer(CommError):
+    """Ranks that an algorithm keeps equal to the bit are not; raised on every process."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

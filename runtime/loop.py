@@ -111,6 +111,7 @@ def run_loop(
     *,
     log: Callable[[Record], None],
     save: Callable[[], None] | None = None,
+    evaluated: Callable[[Record], None] = lambda record: None,
     stop: StopRequest | None = None,
 ) -> None:
     """Run from ``comm.step`` to ``options.steps``.
@@ -121,6 +122,7 @@ def run_loop(
         options: how long, how often.
         log: takes each record, on every process.
         save: writes a checkpoint of this step.
+        evaluated: takes each record with an evaluation, on every process, before the next step.
         stop: a request to end early.
 
     Raises:
@@ -131,8 +133,9 @@ def run_loop(
     saved_at = comm.step
     if comm.step == 0:
         with clock.paused():
-            start = program.evaluate()
-        log({"step": 0, **start})
+            first: Record = {"step": 0, **program.evaluate()}
+            evaluated(first)
+        log(first)
     while comm.step < options.steps:
         with comm.traffic.span("compute", "step", comm.step):  # the trace takes the waits out
             figures = program.step()
@@ -144,6 +147,7 @@ def run_loop(
             if comm.step % options.evaluate_every == 0 or last:
                 with clock.paused():
                     record |= program.evaluate()
+                    evaluated(record)
             log(record)
         due = options.checkpoint_every and comm.step % options.checkpoint_every == 0
         if save is not None and (due or last):

@@ -67,8 +67,9 @@ class Prompted(HubTask):
     test_examples: Count | None = 1000
     """At most so many examples of `test_split`, or held out of the training split; None: all of
     `test_split`."""
-    evaluate: Literal["test", "dev"] = "test"
-    """Which held-out examples the figures are of."""
+    evaluate: Literal["test", "dev", "both"] = "test"
+    """Which held-out examples the figures are of; ``both``: those of dev are called dev_accuracy
+    and dev_loss, for ``keep_best`` say."""
 
     @field_validator("test_examples")
     @classmethod
@@ -80,7 +81,7 @@ class Prompted(HubTask):
     @field_validator("evaluate")
     @classmethod
     def _there_are_examples(cls, chosen: str, info: ValidationInfo) -> str:
-        if chosen == "dev" and info.data.get("dev_examples") == 0:
+        if chosen != "test" and info.data.get("dev_examples") == 0:
             raise ValueError("there are no examples with dev_examples: 0; use more, or test")
         return chosen
 
@@ -103,12 +104,15 @@ class Prompted(HubTask):
         splits = self.load_splits()
         rows = self._rows(splits, self.train_split, "task.train_split", template)
         chosen = self._divide(len(rows), seed)
-        if self.evaluate == "test" and self.test_split is not None:
+        held_out = rows.select(chosen["test"])
+        if self.evaluate != "dev" and self.test_split is not None:
             rest = self._rows(splits, self.test_split, "task.test_split", template)
             order = _shuffled(len(rest), "task/test", seed)[: self.test_examples]
-            test = self._encode(encoder, template, rest.select(np.sort(order)))
-        else:
-            test = self._encode(encoder, template, rows.select(chosen[self.evaluate]))
+            held_out = rest.select(np.sort(order))
+        dev = None
+        if self.evaluate != "test":
+            dev = self._encode(encoder, template, rows.select(chosen["dev"]))
+        test = dev if self.evaluate == "dev" else self._encode(encoder, template, held_out)
         train = self._encode(encoder, template, rows.select(chosen["train"]))
         as_classification = self.as_classification
         if as_classification is None:
@@ -118,6 +122,7 @@ class Prompted(HubTask):
             train=train,
             shards=self.split(train.labels.numpy(), n, seed),
             test=test,
+            dev=dev if self.evaluate == "both" else None,
             loss=ClassificationLoss() if as_classification else gold_loss,
             score=count_right,
         )

@@ -21,7 +21,7 @@ from gossamer.algorithms.zeroth_order.coefficient_gossip import CoefficientGossi
 from gossamer.algorithms.zeroth_order.dissemination import dissemination
 from gossamer.algorithms.zeroth_order.flood import Flood, FloodState
 from gossamer.algorithms.zeroth_order.probes import Along, Probes
-from gossamer.runtime import Communicator, ConfigError, StackedTransport
+from gossamer.runtime import Communicator, ConfigError, RanksDiffer, StackedTransport
 from gossamer.runtime.component import validate
 from gossamer.topologies import Topology, build
 from gossamer.topologies.round import Round
@@ -283,3 +283,12 @@ def test_an_oracle_without_directions_of_its_own_is_refused(algorithm):
     comm = Communicator(build("ring", 4), StackedTransport())
     with pytest.raises(ConfigError, match=r"backprop does not give.*directions: own"):
         TrainingProgram(comm, problem(4), Backprop(), made)
+
+
+@pytest.mark.parametrize("algorithm", [AllReduce(optimizer=PLAIN), Flood(optimizer=PLAIN)])
+def test_ranks_that_came_apart_are_noticed_at_the_next_evaluation(algorithm):
+    made = run(program(algorithm, "ring", 4), steps=2)
+    made.evaluate()
+    made.state.x[2, 0] += 1e-6
+    with pytest.raises(RanksDiffer, match=r"step 2\): .* ranks \[2\] hold others than rank 0"):
+        made.evaluate()
