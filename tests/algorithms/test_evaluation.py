@@ -108,6 +108,17 @@ def test_figures_are_what_they_say(objective, chunk):
     assert "perplexity" not in figures
 
 
+def test_examples_to_choose_by_have_figures_of_their_own():
+    problem = wine()
+    x, layout = rows_around(problem, 5)
+    plain = evaluate(RankGroup(5, StackedTransport()), problem, x, layout)
+    problem.dev = problem.test
+    both = evaluate(RankGroup(5, StackedTransport()), problem, x, layout)
+    assert both.pop("dev_loss") == both["test_loss"]
+    assert both.pop("dev_accuracy") == both["accuracy"]
+    assert both == plain
+
+
 def test_without_gradients_all_else_is_the_same():
     problem = wine()
     x, layout = rows_around(problem, 5)

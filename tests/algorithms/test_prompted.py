@@ -319,6 +319,8 @@ def test_examples_are_divided_by_the_seed_and_belong_to_one_part(folder, tmp_pat
     train, test = parts(0)
     _, dev = parts(0, evaluate="dev")
     assert (len(train), len(test), len(dev)) == (20, 10, 5)
+    both = build(folder, evaluate="both", **own)
+    assert [d.tokens[:, 0, 0].tolist() for d in (both.test, both.dev)] == [test, dev]
     assert len({*train, *test, *dev}) == 35
     assert parts(0) == [train, test]
     assert parts(1) != [train, test]
