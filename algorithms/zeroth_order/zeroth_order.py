@@ -7,7 +7,6 @@ can make again: with ``all-reduce`` the ranks exchange these numbers alone.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -17,34 +16,26 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from gossamer.algorithms.estimates import Estimate, Metrics, Sink
 from gossamer.algorithms.optimizers.sgd import SGD, SignSGD
 from gossamer.algorithms.oracles.module_oracle import ModuleOracle
-from gossamer.algorithms.oracles.vectorized import Stateless
-from gossamer.algorithms.problems import DataPlan, Loss, Problem, RankBatches
+from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Algorithm
 from gossamer.algorithms.zeroth_order.blocks import Partition, blocks_of
 from gossamer.algorithms.zeroth_order.hybrid import FirstOrderPart, Hybrid
+from gossamer.algorithms.zeroth_order.losses import Directed, LossesBeside, Restore
 from gossamer.algorithms.zeroth_order.objectives import find_objective
-from gossamer.algorithms.zeroth_order.prefix import PrefixCache
 from gossamer.algorithms.zeroth_order.probes import Along, Probes
-from gossamer.algorithms.zeroth_order.transient import TransientModule
-from gossamer.runtime import Communicator, ConfigError, row_dot
+from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime import combine as combine_rows
-from gossamer.runtime.native import Piece
-from gossamer.runtime.perturb import Distribution, Mask, add_, perturb_
+from gossamer.runtime.perturb import Mask
 from gossamer.runtime.random import derive_key
 
 __all__ = ["ZerothOrder"]
 
 log = logging.getLogger("gossamer")
-
-_CHECKED = 8
-"""Examples with which the losses of moved and of written parameters are compared."""
-_BLOCK = 2**18
 
 
 class ZerothOrder(ModuleOracle):
@@ -89,19 +80,17 @@ class ZerothOrder(ModuleOracle):
     minimize: str = "loss"
     """``loss``; ``f1`` or a score of the task (``accuracy``), which is maximised; or
     ``package.module:function``, (module, inputs) -> a number. None needs a gradient."""
-    restore: Literal["auto", "transient", "snapshot"] = "auto"
+    restore: Restore = "auto"
     """How x comes back to the bit. It is never written: ``transient``: layers compute with moved
     copies of their parameters, one at a time; ``snapshot``: all with a moved copy of the row, which
     is faster for small models. auto: transient for rows of more than 2^18 elements whose loss
     allows it."""
 
-    _transient: TransientModule | None = PrivateAttr(default=None)
-    _copy: Tensor = PrivateAttr()
-    _seed: int = PrivateAttr(default=0)
+    _directed: Directed = PrivateAttr(default=Directed(0, "normal", None))
+    _beside: LossesBeside = PrivateAttr()
     _forwards: int = PrivateAttr(default=0)
     _blocks: list[frozenset[int] | None] = PrivateAttr()
     _part: FirstOrderPart | None = PrivateAttr(default=None)
-    _prefix: PrefixCache | None = PrivateAttr(default=None)
     _has_warned: bool = PrivateAttr(default=False)
 
     def adapt(self, algorithm: Algorithm) -> None:
@@ -160,37 +149,24 @@ class ZerothOrder(ModuleOracle):
         if self.first_order:
             self._part = FirstOrderPart(problem.module, self._layout, self.first_order)
             self._blocks = [self._part.others]
-        self._seed = derive_key(comm.seed.value, "zeroth-order")
         self._problem = replace(problem, loss=objective)
-        if self.restore == "transient" or (self.restore == "auto" and self._layout.d > _BLOCK):
-            self._transient = self._find_transient(problem)
-        if self._transient is None:
-            self._copy = torch.empty(self._layout.d, dtype=self._layout.dtype, device=comm.device)
-        if self.blocks != "none" and self.estimate != "forward":
-            self._prefix = self._find_prefix(problem)
+        self._directed = Directed(
+            derive_key(comm.seed.value, "zeroth-order"),
+            "rademacher" if self.distribution == "rademacher" else "normal",
+            Mask(self.sparsity, self.mask_interval) if self.sparsity else None,
+        )
+        self._beside = LossesBeside(
+            self._problem,
+            self._layout,
+            self._directed,
+            self._bound_loss,
+            self.restore,
+            further=problem.loss,
+        )
+        if self.estimate != "forward" and self.blocks != "none":
+            blocks = [block for block in self._blocks if block is not None]
+            self._beside.skip_before(blocks, self.micro_batch_size)
         return plan
-
-    def _find_prefix(self, problem: Problem) -> PrefixCache:
-        """Return what skips the layers before a block."""
-        one_pass = min(_CHECKED, self.micro_batch_size or _CHECKED)
-        inputs = tuple(t.to(self._comm.device) for t in problem.examples(one_pass))
-        blocks = [block for block in self._blocks if block is not None]
-        return PrefixCache(problem.module, self._layout, blocks, partial(self._bound_loss, inputs))
-
-    def _find_transient(self, problem: Problem) -> TransientModule | None:
-        """Return what moves the parameters; None where it would miss some."""
-        found = TransientModule(problem.module, self._layout)
-        inputs = tuple(t.to(self._comm.device) for t in problem.examples(_CHECKED))
-        losses = {problem.loss, self._problem.loss}
-        if all(found.follows(partial(_value, loss, problem.module, inputs)) for loss in losses):
-            return found
-        if self.restore == "transient":
-            raise ConfigError(
-                "oracle.restore: the loss takes parameters past the forward of their layers (a "
-                "penalty, or weights of another layer), so transient would miss them; use snapshot"
-            )
-        log.info("zeroth order: the loss takes parameters past their layers, so rows are copied")
-        return None
 
     @property
     def backpropagates(self) -> bool:
@@ -208,8 +184,8 @@ class ZerothOrder(ModuleOracle):
         if self.pool is not None or self.blocks != "none" or self.first_order:
             return None
         return {
-            "seed": self._seed,
-            "distribution": self._elements,
+            "seed": self._directed.seed,
+            "distribution": self._directed.elements,
             "eps": self.eps,
             "sparsity": self.sparsity,
             "mask_interval": self.mask_interval,
@@ -243,11 +219,7 @@ class ZerothOrder(ModuleOracle):
         try:
             return self._estimate(x, batch, self._blocks, self._next_draw(), combine)
         finally:
-            self._forget()
-
-    def _forget(self) -> None:
-        if self._prefix is not None:
-            self._prefix.clear()
+            self._beside.forget()
 
     def sweep_over(self, x: Tensor, batch: RankBatches) -> Iterator[Estimate]:
         """Yield an estimate for each block, at x as it is by then."""
@@ -259,7 +231,7 @@ class ZerothOrder(ModuleOracle):
             for block in self._blocks:
                 yield self._estimate(x, batch, [block], draw, None)
         finally:
-            self._forget()
+            self._beside.forget()
 
     def _estimate(
         self,
@@ -287,9 +259,8 @@ class ZerothOrder(ModuleOracle):
         coefficients = slopes / self.queries
         if self._factors is not None:
             coefficients *= self._factors
-        probes = Probes(
-            comm, self._layout, self._seed, along, coefficients, self._elements, self._mask
-        )
+        seed, elements, mask = self._directed
+        probes = Probes(comm, self._layout, seed, along, coefficients, elements, mask)
         grad: Probes | Hybrid = probes
         if self._part is not None:
             grad = Hybrid(probes, self._part, self._rows(self._part, points, batch))
@@ -307,14 +278,6 @@ class ZerothOrder(ModuleOracle):
         self._forwards = int(state["forwards"][0])
 
     # --- inside -----------------------------------------------------------------------------
-
-    @property
-    def _elements(self) -> Distribution:
-        return "rademacher" if self.distribution == "rademacher" else "normal"
-
-    @property
-    def _mask(self) -> Mask | None:
-        return Mask(self.sparsity, self.mask_interval) if self.sparsity else None
 
     def _directions(
         self, rank: int, draw: int, blocks: Sequence[frozenset[int] | None]
@@ -338,17 +301,16 @@ class ZerothOrder(ModuleOracle):
 
         The row is that of hosted rank i at point k.
         """
-        if self._transient is None:
-            self._module_at(self._copy.copy_(row), i)
-        else:
-            self._module_at(row, i)
+        self._module_at(self._beside.base(row), i)
         at_x = self._bound_loss(inputs) if self.estimate == "one-sided" else 0.0
         slopes, losses = [], []
         for direction in along:
-            length = self._length(direction)  # what losses are taken along is length z
-            beside = partial(self._loss_beside, row, (i, k), inputs, direction)
+            # What losses are taken along is length z.
+            length = self._beside.length(direction) if self.distribution == "sphere" else 1.0
+            beside = partial(self._beside.loss, row, (i, k), inputs, direction)
             if self.estimate == "forward":
-                slope, loss = self._derivative(row, inputs, direction)
+                with self._cast():
+                    slope, loss = self._beside.derivative(row, inputs, direction)
                 slope *= length
             else:
                 high = beside(self.eps * length)
@@ -363,46 +325,6 @@ class ZerothOrder(ModuleOracle):
             slopes.append(slope * length)
             losses.append(loss)
         return torch.tensor(slopes, dtype=torch.float64), sum(losses) / len(losses)
-
-    def _loss_beside(
-        self,
-        row: Tensor,
-        place: tuple[int, int],
-        inputs: tuple[Tensor, ...],
-        along: Along,
-        scale: float,
-    ) -> float:
-        """Return the loss at ``row + scale z``; the row, at ``place``, is kept."""
-        z = (self._seed, along.step, along.number, scale, self._elements, self._mask)
-        tensors = along.tensors
-        with contextlib.ExitStack() as stack:
-            if self._prefix is not None and tensors is not None:
-                stack.enter_context(self._prefix.before(tensors, place))
-            if self._transient is not None:
-                stack.enter_context(self._transient.moved(partial(_move, z), tensors))
-            else:
-                perturb_(self._copy.copy_(row), self._layout, *z, tensors=tensors)
-            return self._bound_loss(inputs)
-
-    def _derivative(
-        self, row: Tensor, inputs: tuple[Tensor, ...], along: Along
-    ) -> tuple[float, float]:
-        """Return <grad L, z> and L."""
-        layout, problem = self._layout, self._problem
-        z = (self._seed, along.step, along.number, 1.0, self._elements, self._mask)
-        tangent = perturb_(torch.zeros_like(row), layout, *z, tensors=along.tensors)
-        names = [s.name for s in layout.slices]
-        values, tangents = (
-            dict(zip(names, layout.views(vector), strict=True)) for vector in (row, tangent)
-        )
-
-        def loss(parameters: dict[str, Tensor]) -> Tensor:
-            return problem.loss(Stateless(problem.module, parameters), inputs)
-
-        # The fused kernels of attention have no forward-mode derivative.
-        with torch.no_grad(), self._cast(), sdpa_kernel(SDPBackend.MATH):
-            value, slope = torch.func.jvp(loss, (values,), (tangents,))[:2]
-        return slope.double().item(), value.double().item()
 
     def _rows(
         self, part: FirstOrderPart, points: Sequence[tuple[float, Tensor]], batch: RankBatches
@@ -420,19 +342,6 @@ class ZerothOrder(ModuleOracle):
             combine_rows([(self._factors, total)], out=total)
         return total
 
-    def _length(self, along: Along) -> float:
-        """Return what makes z as long as sqrt(d), for ``sphere``; 1 for the others."""
-        if self.distribution != "sphere":
-            return 1.0
-        layout, square = self._layout, 0.0
-        for begin in range(0, layout.d, _BLOCK):
-            part = torch.zeros(1, min(_BLOCK, layout.d - begin), device=self._comm.device)
-            z = (self._seed, along.step, along.number, 1.0)
-            perturb_(part[0], layout, *z, begin=begin, tensors=along.tensors)
-            square += row_dot(part, part).item()
-        chosen = (s for s in layout.slices if along.tensors is None or s.tensor in along.tensors)
-        return float((sum(s.shape.numel() for s in chosen) / square) ** 0.5)
-
     def _warn_of_zero(self, slope: float) -> None:
         if slope == 0.0 and self.minimize == "loss" and not self._has_warned:
             self._has_warned = True
@@ -442,16 +351,3 @@ class ZerothOrder(ModuleOracle):
                 self._comm.step,
                 self.eps,
             )
-
-
-def _move(
-    z: tuple[int, int, int, float, Distribution, Mask | None],
-    flat: Tensor,
-    pieces: list[Piece],
-    source: Tensor,
-) -> None:
-    add_(flat, pieces, *z, source=source)
-
-
-def _value(loss: Loss, module: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    return loss(module, inputs).double().item()

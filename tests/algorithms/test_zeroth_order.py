@@ -39,7 +39,7 @@ def test_on_a_quadratic_two_losses_give_the_derivative_along_z(restore):
     found, _ = estimate_at(run)
     x = run.layout.values(run.state.x[0])
     grad = (x - problem.train.tensors[0].mean(0)) @ h
-    z = direction_(torch.zeros_like(run.state.x[0]), run.layout, run.oracle._seed, 0, 0)
+    z = direction_(torch.zeros_like(run.state.x[0]), run.layout, run.oracle._directed.seed, 0, 0)
     slope = float(run.layout.values(z) @ grad)
     assert found.grad.coefficients.item() == pytest.approx(slope, rel=1e-9)
     assert torch.allclose(found.grad.dense()[0], slope * z, rtol=1e-9)
@@ -50,7 +50,7 @@ def test_on_a_quadratic_one_sided_losses_add_the_curvature_along_z():
     run = program(problem, full(estimate="one-sided", eps=1e-2))
     found, _ = estimate_at(run)
     x = run.layout.values(run.state.x[0])
-    z = direction_(torch.zeros_like(run.state.x[0]), run.layout, run.oracle._seed, 0, 0)
+    z = direction_(torch.zeros_like(run.state.x[0]), run.layout, run.oracle._directed.seed, 0, 0)
     z = run.layout.values(z)
     grad = (x - problem.train.tensors[0].mean(0)) @ h
     assert found.grad.coefficients.item() == pytest.approx(
@@ -175,11 +175,11 @@ def test_ten_thousand_estimates_leave_every_bit_of_a_16_bit_model():
 
 
 def test_a_penalty_on_parameters_is_seen_and_rows_are_copied_then(monkeypatch):
-    monkeypatch.setattr("gossamer.algorithms.zeroth_order.zeroth_order._BLOCK", 16)
+    monkeypatch.setattr("gossamer.algorithms.zeroth_order.losses._COLUMNS", 16)
     plain = program(network(), full())
-    assert plain.oracle._transient is not None
+    assert plain.oracle._beside.transient is not None
     run = program(network(l2=0.01), full())
-    assert run.oracle._transient is None
+    assert run.oracle._beside.transient is None
     exact = program(network(l2=0.01), full(estimate="forward"))
     found, expected = (estimate_at(r)[0].grad.coefficients.item() for r in (run, exact))
     assert found == pytest.approx(expected, rel=1e-2)

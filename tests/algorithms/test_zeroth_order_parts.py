@@ -57,7 +57,7 @@ def test_jacobi_adds_the_estimates_of_the_blocks_at_one_point():
     derivative = program(network(dtype=torch.float64), full(blocks="module", estimate="forward"))
     exact = estimate_at(derivative)[0].grad.dense()
     assert torch.allclose(whole, exact, atol=1e-5)
-    z = direction_(torch.zeros_like(whole[0]), run.layout, run.oracle._seed, 0, 0)
+    z = direction_(torch.zeros_like(whole[0]), run.layout, run.oracle._directed.seed, 0, 0)
     for block in run.oracle._blocks:
         for s in run.layout.slices:
             if s.tensor in block:
@@ -70,7 +70,7 @@ def test_gauss_seidel_takes_a_blocks_losses_where_the_blocks_before_it_moved_to(
     x = run.state.x.clone()
     for block in run.oracle._blocks:
         one = program(network(dtype=torch.float64), full())
-        z = direction_(torch.zeros_like(x[0]), run.layout, run.oracle._seed, 0, 0)
+        z = direction_(torch.zeros_like(x[0]), run.layout, run.oracle._directed.seed, 0, 0)
         for s in run.layout.slices:
             if s.tensor not in block:
                 z[s.begin : s.end] = 0
@@ -185,7 +185,7 @@ def test_the_last_layers_can_have_their_gradient_by_backpropagation(n):
     exact.problem.module.eval()
     gradient = exact.oracle(exact.state.x, exact._sampler.batches(0, 1)[0]).grad
     layout, dense = run.layout, found.dense()
-    z = direction_(torch.zeros_like(dense[0]), layout, run.oracle._seed, 0, 0)
+    z = direction_(torch.zeros_like(dense[0]), layout, run.oracle._directed.seed, 0, 0)
     for s in layout.slices:
         part = slice(s.begin, s.end)
         if s.name.startswith("3."):

@@ -61,7 +61,7 @@ def deep_words(n=1):
 
 
 def without_skipping(run):
-    run.oracle._prefix = None
+    run.oracle._beside.prefix = None
     return run
 
 
@@ -83,7 +83,7 @@ def test_what_is_skipped_changes_no_bit(make, sweep, options):
         return program(make(n=2), oracle)
 
     ours, plain = run(), without_skipping(run())
-    assert sum(ours.oracle._prefix.skipped.values()) > 0
+    assert sum(ours.oracle._beside.prefix.skipped.values()) > 0
     assert torch.equal(advance(ours, 4).state.x, advance(plain, 4).state.x)
 
 
@@ -157,6 +157,6 @@ def test_a_sweep_that_ends_early_leaves_nothing_for_the_next_batch():
     sweep = run.oracle.sweep_over(run.state.x, batch)
     for _ in range(LAYERS):
         next(sweep)
-    assert run.oracle._prefix._kept
+    assert run.oracle._beside.prefix._kept
     sweep.close()
-    assert not run.oracle._prefix._kept
+    assert not run.oracle._beside.prefix._kept
