@@ -62,8 +62,11 @@ class Conservative(Algorithm):
         x, batch = state.x, batches[0]
         estimate = oracle.deferred(x, batch)
         mean = estimate.mean(comm)
+        figures = {"loss": estimate.loss, **estimate.metrics}
         if mean is None:
-            return {"loss": estimate.loss, **estimate.metrics, "skipped": 1.0}
+            return {**figures, "skipped": 1.0}
+        if "forwards" in figures:
+            figures["forwards"] = figures["forwards"] + 3
         state.kept.copy_(x)
         losses = [oracle.loss(x, batch)]
         for sign in (-1.0, 1.0):
@@ -73,7 +76,7 @@ class Conservative(Algorithm):
         stay, down, up = self._means(comm, oracle, losses, estimate.weight)
         if not math.isfinite(stay + down + up):  # on all ranks alike
             x.copy_(state.kept)
-            return {"loss": estimate.loss, **estimate.metrics, "skipped": 1.0}
+            return {**figures, "skipped": 1.0}
         if down > stay and stay < up:
             taken = 0.0
             x.copy_(state.kept)
@@ -83,7 +86,7 @@ class Conservative(Algorithm):
             self._move_(x, mean, -self.optimizer.rate(comm))
         else:
             taken = 1.0  # where x is
-        return {"loss": estimate.loss, **estimate.metrics, "taken": taken}
+        return {**figures, "taken": taken}
 
     def _move_(self, x: Tensor, mean: Tensor | Directions, scale: float) -> None:
         if isinstance(mean, Tensor):

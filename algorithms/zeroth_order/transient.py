@@ -11,6 +11,7 @@ Shapes: a weight is (q, p), or a table of q rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,14 +26,18 @@ from gossamer.runtime.native import Piece, fill
 from gossamer.runtime.random import derive_key
 from gossamer.runtime.rows import Slice
 
-__all__ = ["Shift", "TransientModule"]
+__all__ = ["Shift", "TransientModule", "scratch_elements"]
 
 Shift = Callable[[Tensor, list[Piece], Tensor], object]
 """Writes pieces of a whole flat tensor, the last argument, with scale z added into the first."""
 
 _PART = {"cpu": 2**19, "cuda": 2**24}
-"""Elements of a linear layer that stand in scratch at once. Fewer would stay in a nearer cache, but
-products with few rows are slow: 2**16 cost 1.6 times one of a whole weight, 2**19 1.1 times."""
+"""Elements of a linear layer that stand in scratch at once, at most. Fewer would stay in a nearer
+cache, but products with few rows are slow: 2**16 cost 1.6 times one of a whole weight, 2**19 1.1
+times."""
+_SHARE, _LEAST = 128, 2**14
+"""They are a 128th of the parameters, so that moving takes less than 1 % of the model's memory; but
+so many where the model is small."""
 
 
 class _Own(NamedTuple):
@@ -181,7 +186,7 @@ class TransientModule:
         if id(layer.weight) not in self._moving:
             return F.linear(h, layer.weight, bias)
         (q, p), flat = layer.weight.shape, layer.weight.data.view(-1)
-        rows = max(1, _PART[flat.device.type] // p)
+        rows = max(1, scratch_elements(self._layout.d, flat.device) // p)
         memory, out = flat.new_empty(min(rows, q) * p), None
         for begin in range(0, q, rows):
             end = min(q, begin + rows)
@@ -208,6 +213,12 @@ class TransientModule:
         ]
         self._shift(table.view(-1), pieces, layer.weight.data.view(-1))
         return table[place]
+
+
+def scratch_elements(d: int, device: torch.device) -> int:
+    """Return how many elements of a linear layer move at once, in a model of d."""
+    share = 1 << int(math.log2(max(1, d // _SHARE)))
+    return min(_PART[device.type], max(_LEAST, share))
 
 
 def _runs(ascending: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -255,6 +255,7 @@ class ZerothOrder(ModuleOracle):
             losses = self.loss(x, batch)
         per_direction = 2 if self.estimate == "two-sided" else 1
         once = 1 if self.estimate == "one-sided" else 0
+        once += self._part is not None
         self._forwards += len(points) * (once + per_direction * len(along[0]))
         coefficients = slopes / self.queries
         if self._factors is not None:
@@ -266,6 +267,11 @@ class ZerothOrder(ModuleOracle):
             grad = Hybrid(probes, self._part, self._rows(self._part, points, batch))
         metrics: Metrics = {"slope": slopes.abs().mean(dim=1), "forwards": float(self._forwards)}
         return Estimate(losses, grad, self._weights(batch), metrics=metrics)
+
+    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
+        """Return the losses at x, (local,) float64: a forward pass each."""
+        self._forwards += 1
+        return super().loss(x, batch)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the buffers and how many forward passes were made."""

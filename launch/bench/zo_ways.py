@@ -22,6 +22,7 @@ from gossamer.algorithms.program import TrainingProgram
 from gossamer.algorithms.protocols import Optimizer, Oracle
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.transformer import Transformer
+from gossamer.algorithms.zeroth_order.transient import scratch_elements
 from gossamer.algorithms.zeroth_order.zeroth_order import ZerothOrder
 from gossamer.runtime import Communicator, ConfigError
 from gossamer.runtime.native import Piece
@@ -36,7 +37,6 @@ EPS = 1e-3
 _LR = 1e-7
 _HEAD = 64
 _EXAMPLES = 64
-_PART = 2**19
 
 Inputs = tuple[Tensor, Tensor]
 
@@ -195,15 +195,16 @@ def _moves(
     Every element is moved; a step leaves out the rows of embeddings that no token looks up.
     """
     x, layout = program.state.x, program.layout
-    scratch = torch.empty(_PART)
+    part = scratch_elements(layout.d, x.device)
+    scratch = torch.empty(part)
     elements: Distribution = "rademacher" if oracle.distribution == "rademacher" else "normal"
 
     def moves() -> None:
         for scale in (EPS, -EPS):
             for s, view in zip(layout.slices, layout.views(x[0]), strict=True):
                 flat = view.reshape(-1)
-                for begin in range(0, len(flat), _PART):
-                    n = min(_PART, len(flat) - begin)
+                for begin in range(0, len(flat), part):
+                    n = min(part, len(flat) - begin)
                     pieces = [Piece(0, n, begin, s.tensor)]
                     add_(scratch[:n], pieces, 0, 0, 0, scale, elements, source=flat)
         update()

@@ -218,3 +218,18 @@ def test_ranks_that_share_a_hybrid_step_stay_equal():
 def test_first_order_parts_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         program(network(), full(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "algorithm", "expected"),
+    [
+        ({}, None, 2),
+        ({"estimate": "one-sided", "queries": 3}, None, 4),
+        ({}, Conservative(optimizer=SGD(lr=0.01)), 5),
+        ({"first_order": ("3",)}, None, 3),
+    ],
+    ids=["two", "one-sided", "conservative", "hybrid"],
+)
+def test_every_forward_pass_counts(options, algorithm, expected):
+    run = program(network(), full(**options), algorithm=algorithm)
+    assert [advance(run, 1).step()["forwards"] for _ in range(2)] == [2 * expected, 4 * expected]
