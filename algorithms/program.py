@@ -56,6 +56,8 @@ class TrainingProgram:
         algorithm.require(oracle)
         plan = oracle.setup(comm, problem)
         self.layout = oracle.layout
+        if algorithm.optimizer is not None:
+            algorithm.optimizer.know(self.layout)
         self.rounds_per_step = algorithm.rounds_per_step
         self._figures = oracle.training_figures
         self._sampler = Sampler(problem, plan, comm.ranks, comm.seed.value)

@@ -245,6 +245,16 @@ class Optimizer(Component, ABC):
     warmup: int = Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
 
+    _columns: slice = PrivateAttr(default=slice(0, None))
+    """Of the row: those that ``update_`` is given now."""
+
+    def know(self, layout: RowLayout) -> None:
+        """Get to know where which parameter lies, before ``init``.
+
+        Raises:
+            ConfigError: a field names parameters that there are not.
+        """
+
     @abstractmethod
     def init(self, x: Tensor) -> Any:
         """Return the state for rows like x (local, d): a dataclass of tensors, or None."""
@@ -285,7 +295,9 @@ class Optimizer(Component, ABC):
         for begin in range(0, d, _COLUMNS):
             end = min(d, begin + _COLUMNS)
             part = part_of(state, d, begin, end)
+            self._columns = slice(begin, end)
             self.update_(part, x[:, begin:end], grad.columns(begin, end), comm, origin)
+        self._columns = slice(0, None)
         adopt(state, part, d)
         return x
 

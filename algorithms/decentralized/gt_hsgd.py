@@ -72,9 +72,10 @@ class GTHSGD(FixedRule):
 
         points = [(1.0, x), (beta - 1.0, x_old)] if beta < 1 else [(1.0, x)]
         estimate = oracle(x, batches[0], combine=points if beta < 1 else None)
-        decay = self.optimizer.weight_decay
-        penalty = [(c * decay, point) for c, point in points] if decay else []
-        v_new = combine([(1.0, estimate.grad), *penalty, (1.0 - beta, v)])
+        grad = estimate.grad
+        for c, point in points:
+            grad = self.optimizer.decayed(point, grad, scale=c)
+        v_new = combine([(1.0, grad), (1.0 - beta, v)])
 
         combine([(1.0, y), (1.0, v_new), (-1.0, v)], out=y)
         v.copy_(v_new)

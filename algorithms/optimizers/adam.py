@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.estimates import Origin
-from gossamer.algorithms.protocols import Optimizer
+from gossamer.algorithms.optimizers.decay import Decaying
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import combine
 
@@ -32,7 +32,7 @@ class AdamState:
     t: int = 0
 
 
-class _Moments(Optimizer):
+class _Moments(Decaying):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old first moment that stays."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -73,14 +73,10 @@ class Adam(_Moments):
     """
 
     name: Literal["adam"] = "adam"
-    weight_decay: float = Field(default=0.0, ge=0)
-    """L2 penalty added to the gradient."""
 
     def direction(self, state: AdamState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Move the moments and return their ratio."""
-        if self.weight_decay:
-            grad = combine([(1.0, grad), (self.weight_decay, x)])
-        return self._ratio(state, grad, origin)
+        return self._ratio(state, self.decayed(x, grad), origin)
 
 
 class AdamW(_Moments):
@@ -96,7 +92,7 @@ class AdamW(_Moments):
     def direction(self, state: AdamState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Move the moments and return their ratio plus the decay."""
         ratio = self._ratio(state, grad, origin)
-        return combine([(1.0, ratio), (self.weight_decay, x)], out=ratio)
+        return self.decayed(x, ratio, out=ratio)
 
 
 def adam_direction(m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float, t: int) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.estimates import Origin
-from gossamer.algorithms.protocols import Optimizer
+from gossamer.algorithms.optimizers.decay import Decaying
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import combine
 
@@ -39,7 +39,7 @@ class AdamBCState:
     t: int = 0
 
 
-class AdamBC(Optimizer):
+class AdamBC(Decaying):
     """DP-AdamBC (arXiv:2312.14334): x -= lr * (m^ / sqrt(max(v^ - phi^, floor)) + decay * x).
 
     Noise of variance phi adds phi to the second moment of every parameter, and where it exceeds the
@@ -85,11 +85,7 @@ class AdamBC(Optimizer):
         combine([(self.beta2, state.v), (1.0 - self.beta2, grad * grad)], out=state.v)
         state.noise.mul_(self.beta2).add_((1.0 - self.beta2) * origin.noise_var)
         ratio = self._ratio(state)
-        return (
-            combine([(1.0, ratio), (self.weight_decay, x)], out=ratio)
-            if self.weight_decay
-            else ratio
-        )
+        return self.decayed(x, ratio, out=ratio)
 
     def _ratio(self, state: AdamBCState) -> Tensor:
         correction = 1.0 - self.beta2**state.t

@@ -10,26 +10,24 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.estimates import PLAIN, Directions, Origin
-from gossamer.algorithms.protocols import Optimizer
+from gossamer.algorithms.optimizers.decay import Decaying
 from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.rows import combine
 
 __all__ = ["SGD", "Momentum", "SignSGD"]
 
 
-class SGD(Optimizer):
+class SGD(Decaying):
     """Plain stochastic gradient descent: x -= lr * (g + weight_decay * x)."""
 
     name: Literal["sgd"] = "sgd"
-    weight_decay: float = Field(default=0.0, ge=0)
-    """L2 penalty added to the gradient."""
 
     def init(self, x: Tensor) -> None:
         """Keep no state."""
 
     def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Return the gradient, decayed."""
-        return _decayed(self.weight_decay, x, grad)
+        return self.decayed(x, grad)
 
     def apply_(
         self,
@@ -52,7 +50,7 @@ class MomentumState:
     m: Tensor
 
 
-class Momentum(Optimizer):
+class Momentum(Decaying):
     """Momentum: m = beta * m + g; x -= lr * m (Nesterov: x -= lr * (g + beta * m))."""
 
     name: Literal["momentum"] = "momentum"
@@ -60,8 +58,6 @@ class Momentum(Optimizer):
     """Share of the old momentum that stays."""
     nesterov: bool = False
     """Step along g + beta * m with the new m."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """L2 penalty added to the gradient."""
 
     def init(self, x: Tensor) -> MomentumState:
         """Start at rest."""
@@ -71,12 +67,12 @@ class Momentum(Optimizer):
         """Move the momentum and return it."""
         if origin.restart:
             state.m.zero_()
-        grad = _decayed(self.weight_decay, x, grad)
+        grad = self.decayed(x, grad)
         combine([(self.beta, state.m), (1.0, grad)], out=state.m)
         return combine([(1.0, grad), (self.beta, state.m)]) if self.nesterov else state.m
 
 
-class SignSGD(Optimizer):
+class SignSGD(Decaying):
     """SGD along signs (arXiv:1802.04434): x -= lr * (sign(g) + weight_decay * x), elementwise."""
 
     name: Literal["sign-sgd"] = "sign-sgd"
@@ -88,8 +84,4 @@ class SignSGD(Optimizer):
 
     def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Return the signs, decayed."""
-        return _decayed(self.weight_decay, x, grad.sign())
-
-
-def _decayed(weight_decay: float, x: Tensor, grad: Tensor) -> Tensor:
-    return combine([(1.0, grad), (weight_decay, x)]) if weight_decay else grad
+        return self.decayed(x, grad.sign())

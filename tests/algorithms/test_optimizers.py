@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from gossamer.algorithms.estimates import PLAIN
+from gossamer.algorithms.estimates import PLAIN, Origin
 from gossamer.algorithms.optimizers.adam import Adam, AdamW
-from gossamer.algorithms.optimizers.sgd import SGD, Momentum
+from gossamer.algorithms.optimizers.adam_bc import AdamBC
+from gossamer.algorithms.optimizers.sgd import SGD, Momentum, SignSGD
 from gossamer.algorithms.registry import REGISTRY, find
-from gossamer.runtime import Communicator, ConfigError, StackedTransport
+from gossamer.runtime import Communicator, ConfigError, RowLayout, StackedTransport
 from gossamer.runtime.component import validate
 from gossamer.topologies import build
 
@@ -122,3 +123,45 @@ def test_every_registered_optimizer_asks_for_a_learning_rate(name):
     with pytest.raises(ConfigError, match=r"optimizer\.lr: must be greater than 0"):
         validate(cls, {"lr": -1.0}, "optimizer")
     assert validate(cls, {"lr": 0.1}, "optimizer").name == name
+
+
+@pytest.mark.parametrize("kind", [SGD, Momentum, SignSGD, Adam, AdamW, AdamBC])
+@pytest.mark.parametrize("columns", [2**18, 16])
+def test_parameters_with_certain_names_do_not_decay(kind, columns, monkeypatch):
+    monkeypatch.setattr("gossamer.algorithms.protocols._COLUMNS", columns)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7))
+    layout = RowLayout(module)
+    start = torch.zeros(1, layout.d)
+    layout.gather(module, start[0])
+
+    class Written:
+        """An estimate that is not written down, of a row that is."""
+
+        def __init__(self, row):
+            self.columns = lambda begin, end: row[:, begin:end]
+            self.add_to_ = lambda x, scale: x.add_(row, alpha=scale)
+
+    def after(**options):
+        optimizer = kind(lr=0.1, **options)
+        optimizer.know(layout)
+        comm, x = communicator(1), start.clone()
+        state = optimizer.init(x)
+        for k in range(3):
+            grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(k))
+            optimizer.apply_(state, x, Written(grad), comm, Origin(noise_var=0.01))
+        return [view.clone() for view in layout.views(x[0])]
+
+    whole, none = after(weight_decay=0.3), after(weight_decay=0.0)
+    some = after(weight_decay=0.3, decay_except=("bias", "1."))
+    spared = [s.name != "0.weight" for s in layout.slices]
+    assert spared == [False, True, True, True]
+    for found, decays, stays, is_spared in zip(some, whole, none, spared, strict=True):
+        torch.testing.assert_close(found, stays if is_spared else decays)
+        assert not torch.allclose(decays, stays)
+
+
+def test_names_that_no_parameter_has_are_refused():
+    with pytest.raises(ConfigError, match=r"decay_except: no parameter has norm .* 0\.weight"):
+        SGD(lr=0.1, decay_except=("norm",)).know(
+            RowLayout(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        )
