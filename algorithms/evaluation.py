@@ -155,14 +155,15 @@ class Evaluator:
     # --- figures ----------------------------------------------------------------------------
 
     def _objective_at(self, point: Tensor, gradient: bool = True) -> dict[str, float]:
-        """Return f and the score at ``point`` (1, d), and the norm of the gradient of f there."""
+        """Return f at ``point`` (1, d), the norm of its gradient, and the score if no test has."""
         comm, layout = self._comm, self._layout
         shape = (comm.local, layout.d) if gradient else (comm.local, 0)
         grads = empty_rows(*shape, layout.dtype, point.device)
         sums = []
         for rank, grad in zip(comm.ranks, grads, strict=True):
             layout.bind(self._problem.module, point[0], grad if gradient else None)
-            sums.append(self._sums(self._shard(rank), backward=gradient))
+            scored = self._problem.test is None  # else it would be computed for nothing
+            sums.append(self._sums(self._shard(rank), backward=gradient, scored=scored))
         weight, table = self._table(sums)
         share = 1 / weight
         if self._objective == "examples":
@@ -213,10 +214,11 @@ class Evaluator:
 
     # --- sums over examples -----------------------------------------------------------------
 
-    def _sums(self, part: Part, backward: bool = False) -> list[float]:
+    def _sums(self, part: Part, backward: bool = False, scored: bool = True) -> list[float]:
         """Return [weight, loss, *score] summed over ``part``; gradients add to the bound row."""
         problem, (dataset, places) = self._problem, part
-        sums = [0.0] * (2 + len(self._score_names))
+        names = self._score_names if scored else []
+        sums = [0.0] * (2 + len(names))
         for begin in range(0, len(places), self._chunk):
             inputs = self._look_up(dataset, places[begin : begin + self._chunk])
             weight = problem.weigh(inputs)
@@ -225,10 +227,10 @@ class Evaluator:
                 if backward:
                     loss.backward()
             terms = [weight, loss.item()]
-            if problem.score is not None:
+            if problem.score is not None and names:
                 with torch.no_grad():
                     scores = problem.score(problem.module, inputs)
-                terms += [scores[name].item() for name in self._score_names]
+                terms += [scores[name].item() for name in names]
             sums = [a + b for a, b in zip(sums, terms, strict=True)]
         return sums
 
@@ -238,7 +240,8 @@ class Evaluator:
         return table[:, :1].contiguous(), table[:, 1:].contiguous()
 
     def _named(self, values: Tensor) -> dict[str, float]:
-        return dict(zip(["loss", *self._score_names], values.tolist(), strict=True))
+        names = ["loss", *self._score_names][: len(values)]
+        return dict(zip(names, values.tolist(), strict=True))
 
     # --- examples ---------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ class Recorder:
     def _show(self, step: int) -> None:
         figures = "  ".join(
             f"{name} {self.last[name]:.4g}"
-            for name in ("loss", "accuracy", "grad_norm", "consensus")
+            for name in ("loss", "accuracy", "f1", "grad_norm", "consensus")
             if name in self.last
         )
         if self._progress is not None:

@@ -33,6 +33,8 @@ COLUMNS = (
     "steps",
     "loss",
     "accuracy",
+    "f1",
+    "exact_match",
     "epsilon",
     "grad_norm",
     "consensus",

@@ -3,7 +3,8 @@
 The score of a candidate is the mean log-probability of its own tokens (arXiv:2402.11592).
 """
 
-# Shapes: B examples, C candidates, T tokens, K tokens of a candidate at most, V vocabulary.
+# Shapes: N or B examples, C candidates at most, T tokens, K tokens of a candidate at most,
+# V vocabulary.
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.tasks.templates import Prompt
 
-__all__ = ["CandidateEncoder", "Candidates", "Scores", "gold_loss"]
+__all__ = [
+    "CandidateEncoder",
+    "Candidates",
+    "OwnCandidates",
+    "Scores",
+    "count_any_right",
+    "gold_loss",
+]
 
 _IGNORED = -100
 """The target where a candidate is shorter than others: torch's own default."""
@@ -33,7 +41,7 @@ class Candidates:
 
     Attributes:
         tokens: int64 (N, C, T), padded at the right.
-        lengths: int64 (N, C), of the sequences.
+        lengths: int64 (N, C), of the sequences; 0 where an example has fewer candidates.
         places: int64 (N, C, K), whose logits predict the candidate's tokens.
         targets: int64 (N, C, K), these tokens; -100 beyond the candidate's end.
         labels: int64 (N,), the right candidate.
@@ -62,7 +70,7 @@ class Candidates:
 class CandidateEncoder:
     """Turns prompts into tokens."""
 
-    def __init__(self, tokenizer: Any, context: int, masked: bool) -> None:
+    def __init__(self, tokenizer: Any, context: int, masked: bool, room: int = 0) -> None:
         """Prepare.
 
         Args:
@@ -71,8 +79,10 @@ class CandidateEncoder:
                 the right where the candidate stands further left.
             masked: for a masked language model: the candidate's tokens are hidden, and predicted
                 at their own places; else each is predicted from what comes before.
+            room: tokens of the context that are the candidate's, however short it is.
         """
         self._tokenizer, self._context, self._masked = tokenizer, context, masked
+        self._room = room
         inner = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a")["input_ids"]
         at = next(k for k in range(len(whole)) if whole[k : k + len(inner)] == inner)
@@ -82,15 +92,19 @@ class CandidateEncoder:
         """Return the examples' tokens.
 
         Args:
-            examples: N times C prompts.
+            examples: N times up to C prompts.
             labels: which candidate is right.
 
         Raises:
             ValueError: a candidate has no token, none before it to predict it from, or more tokens
                 than ``context`` has room for; says which.
         """
-        count = len(examples[0])
-        found = [self._one(prompt) for prompt in itertools.chain.from_iterable(examples)]
+        count = max(len(prompts) for prompts in examples)
+        absent: tuple[list[int], list[int], list[int]] = ([], [], [])
+        found = []
+        for prompts in examples:
+            found += [self._one(prompt) for prompt in prompts]
+            found += [absent] * (count - len(prompts))
         longest = max(len(tokens) for tokens, _, _ in found)
         most = max(len(places) for _, places, _ in found)
         pad = self._tokenizer.pad_token_id
@@ -107,14 +121,32 @@ class CandidateEncoder:
             labels=torch.tensor(labels),
         )
 
+    def encode_starts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return what is to be gone on with: int64 tokens (N, T), and their lengths (N,).
+
+        Each is what ``encode`` puts before a candidate of at most ``room`` tokens, unless one of
+        them spans the border: the tokenizer's own, and the text without spaces at its end.
+
+        Raises:
+            ValueError: the room takes the whole context.
+        """
+        most = self._context - len(self._head) - len(self._tail) - self._room
+        if most < 1:
+            raise ValueError(f"an answer of {self._room} tokens leaves no room for a text")
+        found = [self._head + self._ids(text.rstrip(" "))[-most:] for text in texts]
+        lengths, pad = torch.tensor([len(ids) for ids in found]), self._tokenizer.pad_token_id
+        longest = int(lengths.max())
+        return torch.tensor([ids + [pad] * (longest - len(ids)) for ids in found]), lengths
+
     def _one(self, prompt: Prompt) -> tuple[list[int], list[int], list[int]]:
         """Return the sequence, the places that predict the candidate, and its tokens."""
         before, option, after = self._parts(prompt)
-        room = self._context - len(self._head) - len(self._tail) - len(option)
+        taken = max(len(option), self._room)
+        room = self._context - len(self._head) - len(self._tail) - taken
         if not option:
             raise ValueError(f"candidate {prompt.option!r} has no tokens")
         if room < 1:
-            raise ValueError(f"candidate {prompt.option!r} has {len(option)} tokens")
+            raise ValueError(f"candidate {prompt.option!r} has {taken} tokens")
         before = before[max(0, len(before) + min(len(after), room // 2) - room) :]
         after = after[: room - len(before)]
         begin = len(self._head) + len(before)
@@ -177,6 +209,48 @@ class Scores(nn.Module):
         return -losses.sum(dim=-1) / (targets_BCK != _IGNORED).sum(dim=-1)
 
 
+@dataclass(frozen=True)
+class OwnCandidates:
+    """Examples each of which has its own candidates, several of them right.
+
+    Attributes:
+        candidates: their tokens; the label is the first right one.
+        right: bool (N, C).
+    """
+
+    pads_lookups: ClassVar[bool] = True
+    candidates: Candidates
+    right: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The first right candidates, int64 (N,)."""
+        return self.candidates.labels
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Return what a lookup in ``candidates`` gives, and which are right (B, C)."""
+        return (*self.candidates[indices], self.right[indices])
+
+
+def count_any_right(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Return ``{"accuracy": of how many examples the likeliest candidate is a right one}``.
+
+    Args:
+        module: candidates -> scores (B, C), as Scores.
+        inputs: as of a lookup in OwnCandidates.
+    """
+    tokens, mask, places, targets, _, right = inputs
+    count = torch.zeros((), dtype=torch.float64)
+    # One by one: examples of a hundred candidates would hold the logits of all of them.
+    for k, there in enumerate(mask.any(dim=-1)):
+        own = (t[k, there, None] for t in (tokens, mask, places, targets))
+        count += right[k, module(*own).argmax()].item()
+    return {"accuracy": count}
+
+
 def gold_loss(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """Return the mean over examples of the right candidate's mean negative log-likelihood, ().
 
@@ -184,9 +258,9 @@ def gold_loss(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
 
     Args:
         module: candidates -> scores (B, C), as Scores.
-        inputs: as of a lookup in Candidates.
+        inputs: begin as of a lookup in Candidates.
     """
-    *features, labels = inputs
+    *features, labels = inputs[:5]
     right = [t.take_along_dim(labels[:, None, None], dim=1) for t in features]
     scores: Tensor = module(*right)
     return -scores.mean()

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from torch.nn.utils.rnn import pad_sequence
 
-from gossamer.algorithms.problems import Problem
-from gossamer.algorithms.tasks.candidates import CandidateEncoder, Candidates, Scores, gold_loss
+from gossamer.algorithms.problems import Problem, Score
+from gossamer.algorithms.tasks.candidates import (
+    CandidateEncoder,
+    Candidates,
+    OwnCandidates,
+    Scores,
+    count_any_right,
+    gold_loss,
+)
+from gossamer.algorithms.tasks.generation import AnswerScore, Questions
 from gossamer.algorithms.tasks.hub_task import HubTask
 from gossamer.algorithms.tasks.objectives import ClassificationLoss, count_right
 from gossamer.algorithms.tasks.schemes import Full, SchemeField
-from gossamer.algorithms.tasks.templates import Template, find_template
+from gossamer.algorithms.tasks.templates import Cloze, Question, Template, find_template
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import Random
 
@@ -22,6 +32,8 @@ __all__ = ["Prompted"]
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+_ANSWER_TOKENS = 50
+"""Of a generated answer at most, as in arXiv:2305.17333."""
 
 
 def _as_text(labels: object) -> object:
@@ -33,8 +45,10 @@ class Prompted(HubTask):
     """Fine-tune a `transformers` model on prompts; needs the extra `huggingface`.
 
     A row becomes a text for each candidate answer, by a template. A candidate's score is the mean
-    log-probability of its tokens; the one of the highest score is the prediction. `accuracy` at
-    step 0 is that of the model as it came: zero-shot.
+    log-probability of its tokens; the one of the highest score is the prediction. The answers of
+    `squad` and `drop` are generated, each token the likeliest, up to a newline: their scores are
+    `f1` and `exact_match`, of words. The score at step 0 is that of the model as it came:
+    zero-shot.
     """
 
     name: str = "prompted"
@@ -45,21 +59,26 @@ class Prompted(HubTask):
     scheme: SchemeField = Full()
     """What is trained: `full`, `lora`, `prefix`, `prompt` or `head`; or {name: lora, r: 8}."""
     template: str
-    """`sst2`, `rte`, `cb`, `boolq`, `wsc`, `wic`, `multirc`, `copa` or `winogrande`; or your own: a
-    text with columns in braces and the candidate's place, as '{sentence} It was {label}'."""
+    """`sst2`, `rte`, `cb`, `boolq`, `wsc`, `wic`, `multirc`, `copa`, `record`, `winogrande`,
+    `squad` or `drop`; or your own: a text with columns in braces and the candidate's place, as
+    '{sentence} It was {label}'."""
     version: Literal[0, 1] = 0
     """Of the template; 1: without the words that ask for an answer (`sst2` and `rte`)."""
     labels: Annotated[dict[str, str] | None, BeforeValidator(_as_text)] = None
     """Value of the label -> the word for it: {0: terrible, 1: great}; None: the template's."""
     label: str | None = None
-    """Column of the label; None: the template's, `label` (`answer` for `winogrande`)."""
+    """Column of the label; None: the template's, `label` (`answer` for `winogrande`). Of a list of
+    right answers for `record`, `squad` and `drop`, where it may be a path: `answers.text`."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Field of the template -> the dataset's column, where names differ: {sentence: text}."""
     as_classification: bool | None = None
     """Minimise the cross-entropy of the candidates' scores; false: the right candidate's mean
-    negative log-likelihood. None: false for `copa` and `winogrande`, true for the others."""
+    negative log-likelihood. None: false for `copa`, `winogrande`, and where rows have their own
+    candidates (`record`) or answers (the first one is trained on); true for the others."""
     context: Count = 256
-    """Longest sequence, in tokens; longer texts lose their beginning."""
+    """Longest sequence, in tokens, an answer's included; longer texts lose their beginning."""
+    max_new_tokens: Count | None = None
+    """Longest answer, in tokens, of `squad` and `drop`, whose texts leave room for it; None: 50."""
     train_examples: Count | None = 1000
     """So many examples to train on, chosen by the seed; None: all that are not held out."""
     dev_examples: int = Field(500, ge=0, strict=True)
@@ -99,6 +118,7 @@ class Prompted(HubTask):
             label=self.label,
             columns=self.columns,
         )
+        self._check(template)
         tokenizer = self.load_tokenizer()
         encoder = self._encoder(template, tokenizer)
         splits = self.load_splits()
@@ -109,14 +129,14 @@ class Prompted(HubTask):
             rest = self._rows(splits, self.test_split, "task.test_split", template)
             order = _shuffled(len(rest), "task/test", seed)[: self.test_examples]
             held_out = rest.select(np.sort(order))
-        dev = None
-        if self.evaluate != "test":
-            dev = self._encode(encoder, template, rows.select(chosen["dev"]))
-        test = dev if self.evaluate == "dev" else self._encode(encoder, template, held_out)
-        train = self._encode(encoder, template, rows.select(chosen["train"]))
         as_classification = self.as_classification
         if as_classification is None:
             as_classification = template.as_classification
+        score = self._score(template, tokenizer)
+        encode = partial(self._encode, encoder, template, score)
+        dev = None if self.evaluate == "test" else encode(rows.select(chosen["dev"]))
+        test = dev if self.evaluate == "dev" else encode(held_out)
+        train = encode(rows.select(chosen["train"]))
         return Problem(
             module=self._module(tokenizer, seed),
             train=train,
@@ -124,8 +144,38 @@ class Prompted(HubTask):
             test=test,
             dev=dev if self.evaluate == "both" else None,
             loss=ClassificationLoss() if as_classification else gold_loss,
-            score=count_right,
+            score=score,
         )
+
+    def _check(self, template: Template) -> None:
+        """Refuse fields that do not go with the template."""
+        if self.as_classification and not template.options:
+            raise ConfigError(
+                f"task.as_classification: template '{self.template}' has no candidates that all "
+                "rows share; leave it out"
+            )
+        if not isinstance(template, Question):
+            if self.max_new_tokens is not None:
+                raise ConfigError(
+                    f"task.max_new_tokens: has no effect with template '{self.template}', whose "
+                    "answer is one of its candidates; leave it out"
+                )
+            return
+        if self.kind == "masked-lm":
+            raise ConfigError(
+                f"task.kind: template '{self.template}' is answered by going on with a text, which "
+                "a masked language model does not do; use causal-lm, and such a model"
+            )
+        if self.heterogeneity == "sorted":
+            raise ConfigError(
+                f"task.heterogeneity: sorted goes by labels, and the answers of template "
+                f"'{self.template}' are words; use iid or contiguous"
+            )
+
+    def _score(self, template: Template, tokenizer: Any) -> Score:
+        if isinstance(template, Question):
+            return AnswerScore(tokenizer, self.max_new_tokens or _ANSWER_TOKENS)
+        return count_any_right if isinstance(template, Cloze) else count_right
 
     # --- rows -------------------------------------------------------------------------------
 
@@ -133,7 +183,7 @@ class Prompted(HubTask):
         columns: dict[str, Iterable[str]] = {
             "task.template": sorted(template.fields() - set(template.columns)),
             "task.columns": template.columns.values(),
-            "task.label": [template.label],
+            "task.label": [template.label_column],
         }
         return self.choose_rows(splits, split, field, columns)
 
@@ -155,7 +205,9 @@ class Prompted(HubTask):
         parts = {"dev": dev, "test": test, "train": train[: self.train_examples]}
         return {name: np.sort(part) for name, part in parts.items()}
 
-    def _encode(self, encoder: CandidateEncoder, template: Template, rows: Any) -> Candidates:
+    def _encode(
+        self, encoder: CandidateEncoder, template: Template, score: Score, rows: Any
+    ) -> Candidates | OwnCandidates | Questions:
         examples, labels = [], []
         for row in rows:
             examples.append(template.render(row))
@@ -167,11 +219,19 @@ class Prompted(HubTask):
                     f"the labels are {', '.join(template.options)}; add it, or name another split"
                 ) from error
         try:
-            return encoder.encode(examples, labels)
+            found = encoder.encode(examples, labels)
+            if isinstance(score, AnswerScore):
+                assert isinstance(template, Question), "as _score chose"
+                starts = encoder.encode_starts([prompt.before for (prompt,) in examples])
+                return Questions(found, *starts, score.take([template.answers(r) for r in rows]))
         except ValueError as error:
             raise ConfigError(
                 f"task.template: {error}; use another text, or a longer context than {self.context}"
             ) from error
+        if isinstance(template, Cloze):
+            right = [torch.tensor(template.right(row)) for row in rows]
+            return OwnCandidates(found, pad_sequence(right, batch_first=True))
+        return found
 
     # --- the model --------------------------------------------------------------------------
 
@@ -186,7 +246,16 @@ class Prompted(HubTask):
             raise ConfigError(
                 "task.template: a causal model does not see what stands behind {label}; end there"
             )
-        return CandidateEncoder(tokenizer, self.context, masked)
+        room = 0
+        if isinstance(template, Question):
+            room = self.max_new_tokens or _ANSWER_TOKENS
+            last = tokenizer("a\n", add_special_tokens=False)["input_ids"][-1]
+            if "\n" not in tokenizer.decode([last]):
+                raise ConfigError(
+                    f"task.tokenizer: '{self.tokenizer or self.model}' has no token for a newline, "
+                    f"with which answers end in template '{self.template}'; use another model"
+                )
+        return CandidateEncoder(tokenizer, self.context, masked, room)
 
     def _module(self, tokenizer: Any, seed: int) -> Scores:
         auto = {"causal-lm": "AutoModelForCausalLM", "masked-lm": "AutoModelForMaskedLM"}
@@ -194,7 +263,7 @@ class Prompted(HubTask):
         dtype = getattr(torch, self.dtype)
         model = self.load_model(auto[self.kind], tokenizer, seed, tokens, dtype)
         config: Any = model.config
-        config.use_cache = False  # nothing is generated
+        config.use_cache = False  # a forward pass takes whole sequences, for answers too
         return Scores(self.scheme.apply(model, seed))
 
 

@@ -2,7 +2,8 @@
 
 A template is a text with fields. `{column}` is what the row holds, without spaces around it;
 `{column:lower}` passes it through filters, named below; the candidate stands at `{label}`. Each
-candidate is a text with fields itself, known by the value of the label that makes it the right one.
+candidate is a text with fields itself, known by the value of the label that makes it the right one;
+or the row's own: a `Cloze` finds them in it, and a `Question` is answered in words.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from gossamer.runtime.errors import ConfigError, nearest
 
-__all__ = ["TEMPLATES", "Prompt", "Template", "find_template"]
+__all__ = ["TEMPLATES", "Cloze", "Prompt", "Question", "Template", "find_template"]
 
 
 class Prompt(NamedTuple):
@@ -32,7 +33,8 @@ class Template:
 
     Attributes:
         text: with `{label}` in it once.
-        options: value of the label -> candidate; values are compared as text.
+        options: value of the label -> candidate; values are compared as text. Empty where rows have
+            their own.
         label: column of the label.
         as_classification: whether training minimises the cross-entropy of the candidates' scores,
             or else the loss of the right one's tokens.
@@ -41,7 +43,7 @@ class Template:
     """
 
     text: str
-    options: Mapping[str, str]
+    options: Mapping[str, str] = field(default_factory=dict)
     label: str = "label"
     as_classification: bool = True
     bare: str | None = None
@@ -69,19 +71,21 @@ class Template:
         return found - {"label"}
 
     def render(self, row: Mapping[str, Any]) -> list[Prompt]:
-        """Return a prompt for each candidate, in the order of ``options``."""
-        values = {
-            name: _Value(str(row[self.columns.get(name, name)]).strip()) for name in self.fields()
-        }
-        before, _, after = self.text.partition("{label}")
-        prompts = []
-        for option in self.options.values():
-            texts = (part.format_map(values) for part in (before, option, after))
-            prompts.append(Prompt(*texts))
-        return prompts
+        """Return a prompt for each candidate, in the order of ``options`` or of the row."""
+        values = self._values(row)
+        before, _, after = (
+            part if part == "{label}" else part.format_map(values)
+            for part in self.text.partition("{label}")
+        )
+        return [Prompt(before, option, after) for option in self.candidates(row)]
+
+    def candidates(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the candidates."""
+        values = self._values(row)
+        return [option.format_map(values) for option in self.options.values()]
 
     def gold(self, row: Mapping[str, Any]) -> int:
-        """Return which candidate is right.
+        """Return which candidate is right; the first that is, where several are.
 
         Raises:
             KeyError: none has the row's label.
@@ -90,6 +94,117 @@ class Template:
         if value not in self.options:
             raise KeyError(value)
         return list(self.options).index(value)
+
+    @property
+    def label_column(self) -> str:
+        """The dataset's column that ``label`` is, or lies in."""
+        return self.label
+
+    def _values(self, row: Mapping[str, Any]) -> dict[str, _Value]:
+        return {name: _Value(str(self._content(row, name)).strip()) for name in self.fields()}
+
+    def _content(self, row: Mapping[str, Any], name: str) -> Any:
+        return row[self.columns.get(name, name)]
+
+
+@dataclass(frozen=True)
+class Cloze(Template):
+    """A template whose candidates are a query, with one of the row's entities in its gap.
+
+    The fields `query` and `entities` are in no text; ``label`` is a column with a list of those
+    entities that are right.
+    """
+
+    gap: str = "@placeholder"
+    as_classification: bool = False
+
+    def fields(self) -> set[str]:
+        """Return the names in braces, and the two that make the candidates."""
+        return super().fields() | {"query", "entities"}
+
+    def candidates(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the query for each entity.
+
+        Raises:
+            ConfigError: there is no gap, or there are no entities.
+        """
+        query, entities = str(self._content(row, "query")).strip(), self._entities(row)
+        if self.gap not in query or not entities:
+            raise ConfigError(
+                f"task.columns: query {query!r} must have the gap '{self.gap}', and entities to "
+                "put there; leave such rows out, or name other columns"
+            )
+        return [query.replace(self.gap, entity) for entity in entities]
+
+    def gold(self, row: Mapping[str, Any]) -> int:
+        """Return the first right one."""
+        return self.right(row).index(True)
+
+    def right(self, row: Mapping[str, Any]) -> list[bool]:
+        """Return of each candidate whether it is right.
+
+        Raises:
+            ConfigError: none is.
+        """
+        answers = _texts(row[self.label])
+        found = [entity in answers for entity in self._entities(row)]
+        if not any(found):
+            raise ConfigError(
+                f"task.label: column '{self.label}' holds {row[self.label]!r}, which has none of "
+                "the row's entities; leave such rows out, or name another column"
+            )
+        return found
+
+    def _entities(self, row: Mapping[str, Any]) -> list[str]:
+        return list(dict.fromkeys(_texts(self._content(row, "entities"))))
+
+
+@dataclass(frozen=True)
+class Question(Template):
+    """A template that is answered in words: each row has answers that are right.
+
+    ``label`` is their column, or a path into it such as `answers.text`. The one candidate is the
+    first of them, and the newline that ends it (as the code of arXiv:2305.17333).
+    """
+
+    as_classification: bool = False
+
+    def candidates(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the first answer, to train on."""
+        return [self.answers(row)[0] + "\n"]
+
+    def gold(self, row: Mapping[str, Any]) -> int:
+        """Return the only place."""
+        return 0
+
+    def answers(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the right answers, each of which may be given.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        found: Any = row
+        for name in self.label.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        answers = _texts(found)
+        if not answers:
+            raise ConfigError(
+                f"task.label: a row has no answer at '{self.label}': column '{self.label_column}' "
+                f"holds {row[self.label_column]!r}; leave such rows out, or name another place"
+            )
+        return answers
+
+    @property
+    def label_column(self) -> str:
+        """Where the path begins."""
+        return self.label.partition(".")[0]
+
+
+def _texts(given: Any) -> list[str]:
+    """Return the texts of a list, or of a text alone; empty ones left out."""
+    texts = given if isinstance(given, list) else [given]
+    stripped = (str(text).strip() for text in texts if text is not None)
+    return [text for text in stripped if text]
 
 
 class _Value(str):
@@ -115,6 +230,7 @@ _FILTERS: dict[str, Callable[[str], str]] = {
     "unstopped": lambda text: text.removesuffix("."),
     "unasked": lambda text: text.rstrip("? "),
     "conjunction": {"cause": "because", "effect": "so"}.__getitem__,
+    "bulleted": lambda text: text.replace("@highlight\n", "- "),
     "before_blank": lambda text: text.partition("_")[0],
     "after_blank": lambda text: text.partition("_")[2],
 }
@@ -162,11 +278,16 @@ TEMPLATES = {
         label="answer",
         as_classification=False,
     ),
+    "record": Cloze("{passage:bulleted}\n- {label}", label="answers"),
+    "squad": Question(
+        "Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer: {label}",
+        label="answers.text",
+    ),
+    "drop": Question(
+        "Passage: {passage}\nQuestion: {question}\nAnswer: {label}", label="answers_spans.spans"
+    ),
 }
-"""By name; labels are numbered as in SuperGLUE, GLUE and WinoGrande on the hub."""
-
-_GENERATED = {"squad": "generates its answer", "drop": "generates its answer"}
-_ABSENT = {**_GENERATED, "record": "has other candidates in every example"}
+"""By name; labels and columns are those of SuperGLUE, GLUE, WinoGrande, SQuAD, DROP on the hub."""
 
 
 def find_template(
@@ -189,15 +310,10 @@ def find_template(
     Raises:
         ConfigError: there is none of the name, or what was given does not go with it.
     """
-    if name in _ABSENT:
-        raise ConfigError(
-            f"task.template: '{name}' {_ABSENT[name]}, which is not supported; use "
-            f"{', '.join(TEMPLATES)}, or a text of your own"
-        )
     if name in TEMPLATES:
         found = TEMPLATES[name]
     elif "{" in name:
-        found = Template(name, {})
+        found = Template(name)
     else:
         raise ConfigError(
             f"task.template: unknown template '{name}'{nearest(name, TEMPLATES)} (your own: a text "
@@ -212,7 +328,7 @@ def find_template(
     if name in TEMPLATES and not found.as_classification and labels is not None:
         raise ConfigError(f"task.labels: have no effect with template '{name}'; leave them out")
     options = found.options if labels is None else labels
-    if len(options) < 2:
+    if len(options) < 2 and type(found) is Template:
         raise ConfigError(
             f"task.labels: a template of your own needs two labels, got {len(options)}; such as "
             "{0: terrible, 1: great}"

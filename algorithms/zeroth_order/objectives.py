@@ -14,12 +14,14 @@ from gossamer.runtime.errors import ConfigError, nearest
 __all__ = ["find_objective", "negative_f1"]
 
 
+@torch.no_grad()
 def find_objective(name: str, problem: Problem, field: str) -> Loss:
     """Return what is minimised.
 
     Args:
-        name: ``loss``; ``f1``; one of the task's scores, which is maximised; or
-            ``package.module:function``, (module, inputs) -> a number to minimise.
+        name: ``loss``; one of the task's scores, which is maximised; ``f1``, of classes where the
+            task has no score of that name; or ``package.module:function``, (module, inputs) -> a
+            number to minimise.
         problem: the task's.
         field: begins a message.
 
@@ -28,11 +30,19 @@ def find_objective(name: str, problem: Problem, field: str) -> Loss:
     """
     if name == "loss":
         return problem.loss
-    if name == "f1":
-        return negative_f1
     if ":" in name:
         return _as_tensor(import_object(name, field))
-    scores = _score_names(problem)
+    inputs = _example(problem)
+    scores = list(problem.score(problem.module, inputs)) if problem.score is not None else []
+    if name == "f1" and name not in scores:
+        try:
+            negative_f1(problem.module, inputs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"{field}: f1 is of classes, and the examples of this task have none; use "
+                f"{' or '.join(['loss', *scores])}"
+            ) from error
+        return negative_f1
     if name not in scores:
         known = ["loss", "f1", *scores]
         raise ConfigError(
@@ -64,13 +74,10 @@ def negative_f1(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     return -(2 * hits[counts > 0] / counts[counts > 0]).mean()
 
 
-def _score_names(problem: Problem) -> list[str]:
-    if problem.score is None:
-        return []
-    with torch.no_grad():
-        device = next(problem.module.parameters()).device
-        inputs = tuple(t.to(device) for t in problem.examples(1))
-        return list(problem.score(problem.module, inputs))
+def _example(problem: Problem) -> tuple[Tensor, ...]:
+    """Return one example, on the module's device."""
+    device = next(problem.module.parameters()).device
+    return tuple(t.to(device) for t in problem.examples(1))
 
 
 def _as_tensor(function: Callable[[nn.Module, tuple[Tensor, ...]], object]) -> Loss:

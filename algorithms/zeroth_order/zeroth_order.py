@@ -78,8 +78,9 @@ class ZerothOrder(ModuleOracle):
     """Parameters, or modules with all of theirs (``blocks.1``, ``output``), that get their gradient
     by backpropagation instead, which keeps no more than what lies behind them: the last layers."""
     minimize: str = "loss"
-    """``loss``; ``f1`` or a score of the task (``accuracy``), which is maximised; or
-    ``package.module:function``, (module, inputs) -> a number. None needs a gradient."""
+    """``loss``; a score of the task (``accuracy``; ``f1`` of generated answers) or ``f1`` of
+    classes, which are maximised; or ``package.module:function``, (module, inputs) -> a number. None
+    needs a gradient."""
     restore: Restore = "auto"
     """How x comes back to the bit. It is never written: ``transient``: layers compute with moved
     copies of their parameters, one at a time; ``snapshot``: all with a moved copy of the row, which
@@ -163,7 +164,8 @@ class ZerothOrder(ModuleOracle):
             self.restore,
             further=problem.loss,
         )
-        if self.estimate != "forward" and self.blocks != "none":
+        # Other objectives may run the module again on what it gave: a generated answer.
+        if self.estimate != "forward" and self.blocks != "none" and self.minimize == "loss":
             blocks = [block for block in self._blocks if block is not None]
             self._beside.skip_before(blocks, self.micro_batch_size)
         return plan

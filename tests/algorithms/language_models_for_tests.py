@@ -32,12 +32,17 @@ SPECIAL = ["[PAD]", "[UNK]", "[MASK]", "[EOS]"]
 SENTENCES = ["the film is good", "the film was long and bad", "good", "It is so bad , I saw it"]
 
 
-def make_tokenizer(words=WORDS):
+def make_tokenizer(words=WORDS, newlines=False):
+    """Words between spaces; a newline is one more word, or none."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = [*SPECIAL, *words]
+    words = [*SPECIAL, *(["\n"] if newlines else []), *words]
     core = Tokenizer(models.WordLevel({w: k for k, w in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if newlines:
+        split = pre_tokenizers.Split
+        parts = [split(" ", "removed"), split("\n", "isolated")]
+        core.pre_tokenizer = pre_tokenizers.Sequence(parts)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="[PAD]",
@@ -84,10 +89,10 @@ def make_model(kind, vocabulary, width=16, layers=2, positions=48):
     return model
 
 
-def save(kind, folder: Path):
+def save(kind, folder: Path, tokenizer=None, **sizes):
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    make_model(kind, len(tokenizer)).save_pretrained(folder)
+    tokenizer = tokenizer or make_tokenizer()
+    make_model(kind, len(tokenizer), **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
