@@ -132,7 +132,7 @@ class CandidateEncoder:
         """
         most = self._context - len(self._head) - len(self._tail) - self._room
         if most < 1:
-            raise ValueError(f"an answer of {self._room} tokens leaves no room for a text")
+            raise ValueError(f"{self._room} tokens for an answer leave none for the text before it")
         found = [self._head + self._ids(text.rstrip(" "))[-most:] for text in texts]
         lengths, pad = torch.tensor([len(ids) for ids in found]), self._tokenizer.pad_token_id
         longest = int(lengths.max())
@@ -141,12 +141,12 @@ class CandidateEncoder:
     def _one(self, prompt: Prompt) -> tuple[list[int], list[int], list[int]]:
         """Return the sequence, the places that predict the candidate, and its tokens."""
         before, option, after = self._parts(prompt)
-        taken = max(len(option), self._room)
-        room = self._context - len(self._head) - len(self._tail) - taken
+        free = self._context - len(self._head) - len(self._tail)
+        room = free - max(len(option), self._room)
         if not option:
             raise ValueError(f"candidate {prompt.option!r} has no tokens")
         if room < 1:
-            raise ValueError(f"candidate {prompt.option!r} has {taken} tokens")
+            raise ValueError(f"candidate {prompt.option!r} has {len(option)} tokens")
         before = before[max(0, len(before) + min(len(after), room // 2) - room) :]
         after = after[: room - len(before)]
         begin = len(self._head) + len(before)

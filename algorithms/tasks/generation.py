@@ -1,4 +1,4 @@
-"""Answers in words: what a language model goes on with, and how it compares with the right ones.
+"""Answers in words: what a language model goes on with, and how near it is to the right ones.
 
 Each token is the likeliest one (greedy decoding), up to a newline (arXiv:2305.17333, SQuAD and
 DROP). Nothing is cached between tokens, so that any scheme's model will do: a token costs a forward
@@ -9,9 +9,6 @@ pass over all before it.
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.algorithms.tasks.candidates import Candidates
+from gossamer.algorithms.tasks.words import exact_match, word_f1
 
-__all__ = ["AnswerScore", "Questions", "exact_match", "generate", "word_f1"]
+__all__ = ["AnswerScore", "Questions", "generate"]
 
 _AT_ONCE = 16
 """Examples that are answered together: a model gives the logits of all their tokens."""
@@ -155,29 +153,3 @@ def generate(
         going = going[~ended]
     bounds = zip(tokens.tolist(), lengths_B.tolist(), stops.tolist(), strict=True)
     return [row[begin:end] for row, begin, end in bounds]
-
-
-def word_f1(text: str, answer: str) -> float:
-    """Return the harmonic mean of the shares of words that are the answer's, and that it has.
-
-    As the evaluation of SQuAD (arXiv:1606.05250), words are lower-case, without punctuation, and
-    articles are left out. Where no word is left of one, 1 if none is of the other (SQuAD 2.0).
-    """
-    found, right = _words(text), _words(answer)
-    if not found or not right:
-        return float(found == right)
-    common = (Counter(found) & Counter(right)).total()
-    return 2 * common / (len(found) + len(right))
-
-
-def exact_match(text: str, answer: str) -> float:
-    """Return 1 if the words are the answer's, in its order; else 0."""
-    return float(_words(text) == _words(answer))
-
-
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def _words(text: str) -> list[str]:
-    bare = text.lower().translate(_NO_PUNCTUATION)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()

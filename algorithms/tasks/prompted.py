@@ -219,11 +219,11 @@ class Prompted(HubTask):
                     f"the labels are {', '.join(template.options)}; add it, or name another split"
                 ) from error
         try:
-            found = encoder.encode(examples, labels)
-            if isinstance(score, AnswerScore):
-                assert isinstance(template, Question), "as _score chose"
+            if isinstance(template, Question) and isinstance(score, AnswerScore):
                 starts = encoder.encode_starts([prompt.before for (prompt,) in examples])
-                return Questions(found, *starts, score.take([template.answers(r) for r in rows]))
+                numbers = score.take([template.answers(row) for row in rows])
+                return Questions(encoder.encode(examples, labels), *starts, numbers)
+            found = encoder.encode(examples, labels)
         except ValueError as error:
             raise ConfigError(
                 f"task.template: {error}; use another text, or a longer context than {self.context}"

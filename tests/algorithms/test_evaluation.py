@@ -182,6 +182,19 @@ def test_without_a_test_set_accuracy_is_that_of_the_training_set():
     assert set(figures) == {"loss", "grad_norm", "consensus", "accuracy"} | own
 
 
+@pytest.mark.parametrize("held_out", [0, 36])
+def test_a_score_is_computed_on_the_test_set_alone_where_there_is_one(held_out):
+    problem, scored = wine(test_examples=held_out), []
+    score = problem.score
+    problem.score = lambda module, inputs: scored.append(len(inputs[0])) or score(module, inputs)
+    x, layout = rows_around(problem, 5)
+    options = {"per_rank": False, "rank_grad_norm": True}
+    figures = evaluate(RankGroup(5, StackedTransport()), problem, x, layout, **options)
+    assert 0 <= figures["accuracy"] <= 1
+    trained = 0 if held_out else 178 * 6  # at the mean, and at each rank's row
+    assert sum(scored) == 1 + held_out + trained  # 1: to see what scores there are
+
+
 def test_a_cap_takes_examples_from_all_over_a_sorted_shard():
     labels = torch.arange(40) // 4
     seen = []

@@ -1,14 +1,10 @@
 """Questions answered in words: what a model goes on with, its scores, training on the answers."""
 
 import json
-import string
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from language_models_for_tests import make_tokenizer, save, save_rows, transformers
 
 from gossamer.algorithms.decentralized.all_reduce import AllReduce
@@ -17,7 +13,7 @@ from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.program import TrainingProgram
 from gossamer.algorithms.registry import find
 from gossamer.algorithms.tasks.candidates import CandidateEncoder
-from gossamer.algorithms.tasks.generation import AnswerScore, exact_match, generate, word_f1
+from gossamer.algorithms.tasks.generation import AnswerScore, generate
 from gossamer.algorithms.tasks.templates import find_template
 from gossamer.algorithms.zeroth_order.zeroth_order import ZerothOrder
 from gossamer.launch.report_runs import read_runs, table_row
@@ -92,59 +88,13 @@ def needs_peft(scheme):
         pytest.importorskip("peft", reason="needs the extra: gossamer[huggingface]")
 
 
-# --- how near an answer is ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "f1", "exact"),
-    [
-        ("Rome", "rome.", 1, 1),
-        ("The red house", "a red house!", 1, 1),
-        ("the red house", "red roof", 1 / 2, 0),  # red of red house, red roof
-        ("in Rome", "Rome", 2 / 3, 0),
-        ("house red", "red house", 1, 0),
-        ("to to to", "to be", 2 / 5, 0),  # a word counts as often as both have it
-        ("Oslo", "Rome", 0, 0),
-        ("", "Rome", 0, 0),
-        ("An", "the", 1, 1),  # nothing is left of both
-        ("anthem", "the anthem", 1, 1),  # articles are whole words
-        ("3,000  km", "3000 km", 1, 1),
-    ],
-)
-def test_f1_and_exact_match_of_cases_by_hand(text, answer, f1, exact):
-    assert word_f1(text, answer) == pytest.approx(f1)
-    assert exact_match(text, answer) == exact
-
-
-PLAIN = st.lists(st.sampled_from(["red", "house", "to", "be", "rome"]), max_size=6)
-
-
-@given(PLAIN, PLAIN)
-def test_f1_is_the_harmonic_mean_of_precision_and_recall(found, right):
-    f1 = word_f1(" ".join(found), " ".join(right))
-    common = sum(min(found.count(w), right.count(w)) for w in set(found))
-    if common:
-        precision, recall = common / len(found), common / len(right)
-        assert f1 == pytest.approx(2 / (1 / precision + 1 / recall))
-    else:
-        assert f1 == float(found == right == [])
-    assert f1 == word_f1(" ".join(right), " ".join(found))
-    assert (f1 == 1) == (Counter(found) == Counter(right))
-    assert exact_match(" ".join(found), " ".join(right)) <= f1
-
-
-@given(PLAIN, st.lists(st.sampled_from(["a", "An", "THE", *string.punctuation]), max_size=4))
-def test_case_articles_and_punctuation_count_for_nothing(words, noise):
-    assert exact_match("  ".join([*noise, *(w.title() for w in words), *noise]), " ".join(words))
-
-
 # --- what a model goes on with ------------------------------------------------------------------
 
 
 def random_prompts(vocabulary, lengths=(9, 4, 1, 6)):
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(NEWLINE + 1, vocabulary, (len(lengths), max(lengths)))
-    del generator
+    shape = (len(lengths), max(lengths))
+    tokens = torch.randint(NEWLINE + 1, vocabulary, shape, generator=generator)
     return tokens, torch.tensor(lengths)
 
 
@@ -269,36 +219,41 @@ def test_long_texts_lose_their_beginning_and_leave_room_for_the_answer(folder):
     assert mask.sum(dim=-1).max() == 14 + 4
 
 
-@pytest.mark.parametrize("context", [200, 30])
-def test_a_prompt_does_not_depend_on_the_answer(context):
-    """Of a tokenizer whose tokens go beyond words: the first of an answer may begin before it."""
+def bytes_tokenizer(texts, merges):
+    """Bytes, and the likeliest pairs of them; nothing keeps a token from spanning words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    template = find_template("squad")
-    texts = ["".join(template.render(row)[0]) for row in home_rows(15)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["[EOS]"], initial_alphabet=alphabet
+        vocab_size=len(alphabet) + 1 + merges, special_tokens=["[EOS]"], initial_alphabet=alphabet
     )
     core.train_from_iterator(texts, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="[EOS]", pad_token="[EOS]"
     )
-    encoder = CandidateEncoder(tokenizer, context, masked=False, room=10)
-    spans = 0
+
+
+@pytest.mark.parametrize("context", [300, 60])
+def test_a_prompt_does_not_depend_on_the_answer(context):
+    """Even where the answer's first token begins in the text before it."""
+    tokenizer = bytes_tokenizer([": a", ": O", ": the"], merges=4)
+    encoder = CandidateEncoder(tokenizer, context, masked=False, room=20)
+    template, spans = find_template("squad"), []
     for row in home_rows(15):
         (prompt,) = template.render(row)
+        ids = tokenizer(prompt.before.removesuffix(" "))["input_ids"]
         tokens, lengths = encoder.encode_starts([prompt.before])
-        ids = tokenizer(prompt.before.rstrip())["input_ids"]
-        assert tokens[0].tolist() == ids[-(context - 10) :]
+        assert tokens[0].tolist() == ids[-(context - 20) :]
+        assert lengths.tolist() == [min(len(ids), context - 20)]
         found = encoder.encode([[prompt]], [0])
-        spans += found.places[0, 0, 0] + 1 < lengths[0]
-        assert tokenizer.decode(found.targets[0, 0]).endswith(prompt.option)
+        answer = tokenizer.decode(found.targets[0, 0])
+        assert answer.endswith(prompt.option)
         assert found.lengths.max() <= context
-    assert spans > 0
+        spans.append(answer.startswith(":"))
+    assert any(spans)
 
 
 # --- training and its figures ---------------------------------------------------------------------
@@ -318,9 +273,9 @@ def advance(made, steps):
 
 
 def test_f1_rises_when_a_model_learns_the_answers(folder):
-    made = program(build(folder), Backprop(batch_size=10))
+    made = program(build(folder, "llama"), Backprop(batch_size=10))
     before = made.evaluate()
-    advance(made, 60)
+    advance(made, 40)
     after = made.evaluate()
     assert before["f1"] < 0.3
     assert after["f1"] > 0.9
@@ -348,17 +303,17 @@ def test_minus_the_f1_of_generated_answers_can_be_minimised(folder, scheme):
 
 
 def test_f1_rises_without_a_gradient(folder):
-    """From a model that has learned a part, by losses that are shares of words alone."""
-    problem = build(folder, n=2)
+    """From where a part is learned; where no answer changes, the slope of minus F1 is 0."""
+    problem = build(folder, "llama")
     made = program(problem, Backprop(batch_size=10))
-    advance(made, 14)
-    parameters = {name: p.detach().clone() for name, p in made.mean().items()}
-    oracle = ZerothOrder(minimize="f1", batch_size=20, eps=0.03, queries=4)
-    made = program(problem, oracle, Adam(lr=3e-3))
-    made.start(parameters)
+    advance(made, 12)
+    made.layout.bind(problem.module, made.state.x[0].clone())
+    oracle = ZerothOrder(minimize="f1", batch_size=10, eps=0.03, queries=2, directions="own")
+    made = program(problem, oracle, Adam(lr=1e-3))
     before = made.evaluate()["f1"]
-    advance(made, 30)
-    assert made.evaluate()["f1"] > before + 0.1
+    assert before < 0.8
+    advance(made, 8)
+    assert made.evaluate()["f1"] > before + 0.05
 
 
 def test_a_run_shows_f1_in_summary_report_and_progress(folder, tmp_path, capfd):
@@ -390,7 +345,11 @@ def test_a_run_shows_f1_in_summary_report_and_progress(folder, tmp_path, capfd):
             "task.kind: template 'squad' is answered by going on with a text, which a masked",
         ),
         ({"max_new_tokens": 0}, "task.max_new_tokens: must be greater than or equal to 1, got 0"),
-        ({"max_new_tokens": 40}, "task.template: "),
+        (
+            {"max_new_tokens": 40},
+            "task.template: 40 tokens for an answer leave none for the text before it; use another "
+            "text, or a longer context than 40",
+        ),
         (
             {"template": "{title} {label}", "labels": {0: "a", 1: "b"}},
             "task.max_new_tokens: has no effect with template '{title} {label}', whose answer is",

@@ -20,7 +20,8 @@ from language_models_for_tests import (
 
 from gossamer.algorithms.registry import find
 from gossamer.algorithms.tasks.candidates import CandidateEncoder
-from gossamer.algorithms.tasks.templates import Prompt, find_template
+from gossamer.algorithms.tasks.templates import Prompt
+from gossamer.algorithms.zeroth_order.objectives import find_objective
 from gossamer.runtime.component import validate
 from gossamer.runtime.errors import ConfigError
 
@@ -63,145 +64,6 @@ def fields(folder, model="gpt2", **changes):
 def build(folder, model="gpt2", n=2, seed=0, **changes):
     task = validate(find("task", "prompted"), fields(folder, model, **changes), "task")
     return task.build(n, seed)
-
-
-# --- templates --------------------------------------------------------------------------------
-
-PREMISE = {"premise": "The cat sleeps.", "hypothesis": "A cat rests."}
-PAIR = {"word": "bank", "sentence1": "A river bank.", "sentence2": "The bank paid."}
-PRONOUN = {"text": "Ann met Eve. She left.", "span1_text": "Ann", "span2_text": "She"}
-COPA = {"premise": "It rained.", "choice1": "The grass got wet.", "choice2": "I ran."}
-BLANK = {"sentence": "Ann beat Eve so _ won.", "option1": "Ann", "option2": "Eve"}
-ANSWER = {"paragraph": "Ann ran.", "question": "Who ran?", "answer": "Ann"}
-
-
-@pytest.mark.parametrize(
-    ("name", "version", "row", "texts", "gold"),
-    [
-        (
-            "sst2",
-            0,
-            {"sentence": "a fine film ", "label": 1},
-            ["a fine film It was |terrible", "a fine film It was |great"],
-            1,
-        ),
-        (
-            "sst2",
-            1,
-            {"sentence": "a fine film ", "label": 0},
-            ["a fine film |terrible", "a fine film |great"],
-            0,
-        ),
-        (
-            "rte",
-            0,
-            PREMISE | {"label": 0},
-            [
-                'The cat sleeps.\nDoes this mean that "A cat rests." is true? Yes or No?\n|' + word
-                for word in ("Yes", "No")
-            ],
-            0,
-        ),
-        (
-            "rte",
-            1,
-            PREMISE | {"label": 1},
-            ['The cat sleeps.\n"A cat rests."\n|' + word for word in ("Yes", "No")],
-            1,
-        ),
-        (
-            "cb",
-            0,
-            PREMISE | {"label": 2},
-            [
-                'Suppose The cat sleeps. Can we infer that "A cat rests."? Yes, No, or Maybe?\n|'
-                + word
-                for word in ("Yes", "No", "Maybe")
-            ],
-            2,
-        ),
-        (
-            "boolq",
-            0,
-            {"passage": "Cats sleep.", "question": "do cats sleep", "label": 1},
-            ["Cats sleep. Do cats sleep?\n|No", "Cats sleep. Do cats sleep?\n|Yes"],
-            1,
-        ),
-        (
-            "wsc",
-            0,
-            PRONOUN | {"label": 0},
-            [
-                "Ann met Eve. She left.\nIn the previous sentence, does the pronoun "
-                f'"she" refer to Ann? Yes or No?\n|{word}'
-                for word in ("No", "Yes")
-            ],
-            0,
-        ),
-        (
-            "wic",
-            0,
-            PAIR | {"label": 0},
-            [
-                'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
-                f"A river bank.\nThe bank paid.\n|{word}"
-                for word in ("No", "Yes")
-            ],
-            0,
-        ),
-        (
-            "multirc",
-            0,
-            ANSWER | {"label": 1},
-            [
-                'Ann ran.\nQuestion: Who ran?\nI found this answer "Ann". Is that correct? '
-                f"Yes or No?\n|{word}"
-                for word in ("No", "Yes")
-            ],
-            1,
-        ),
-        (
-            "copa",
-            0,
-            COPA | {"question": "effect", "label": 0},
-            ["It rained so |the grass got wet.", "It rained so |I ran."],
-            0,
-        ),
-        (
-            "copa",
-            0,
-            COPA | {"question": "cause", "label": 1},
-            ["It rained because |the grass got wet.", "It rained because |I ran."],
-            1,
-        ),
-        (
-            "winogrande",
-            0,
-            BLANK | {"answer": "2"},
-            ["Ann beat Eve so |Ann won.", "Ann beat Eve so |Eve won."],
-            1,
-        ),
-    ],
-)
-def test_a_template_renders_to_its_text(name, version, row, texts, gold):
-    template = find_template(name, version=version)
-    assert [f"{p.before}|{p.option}{p.after}" for p in template.render(row)] == texts
-    assert template.gold(row) == gold
-
-
-def test_a_template_of_ones_own_takes_columns_words_and_other_names():
-    template = find_template(
-        "Review: {text:lower} Verdict {label} .",
-        labels={"pos": "good", "neg": "bad {text}"},
-        label="verdict",
-        columns={"text": "body"},
-    )
-    row = {"body": " So GOOD {} ", "verdict": "neg"}
-    assert template.render(row) == [
-        Prompt("Review: so good {} Verdict ", "good", " ."),
-        Prompt("Review: so good {} Verdict ", "bad So GOOD {}", " ."),
-    ]
-    assert template.gold(row) == 1
 
 
 # --- tokens and scores ------------------------------------------------------------------------
@@ -281,6 +143,72 @@ def test_a_long_text_loses_its_beginning_and_keeps_candidate_and_special_tokens(
     assert examples.targets[0].tolist() == [[ids("good"), -100], [ids("was"), ids("good")]]
 
 
+RECORDS = [
+    {
+        "passage": "the film was long and bad",
+        "query": "so I saw @placeholder",
+        "entities": ["it", "the film", "It so bad", "No"][: 2 + k % 3],
+        "answers": ["the film", "it"] if k % 2 else ["the film"],
+    }
+    for k in range(40)
+]
+
+
+@pytest.mark.parametrize("model", ["gpt2", "opt", "bert"])
+def test_rows_with_candidates_of_their_own_are_scored_one_by_one(folder, tmp_path, model):
+    own = {"template": "record", "dataset": save_rows(tmp_path / "records.jsonl", RECORDS)}
+    problem = build(folder, model, **own)
+    module, count = problem.module.eval(), len(problem.train)
+    *features, labels, right = problem.train[torch.arange(count)]
+    given = features[1].any(dim=-1)
+    assert set(given.sum(dim=1).tolist()) == {2, 3, 4}
+    expected, losses = 0, []
+    for k in range(count):
+        scores = module(*(t[k : k + 1, : given[k].sum()] for t in features))[0]
+        assert scores.isfinite().all()
+        expected += right[k, scores.argmax()].item()
+        losses.append(-scores[labels[k]])
+        assert right[k, labels[k]]
+        assert not right[k, : labels[k]].any()
+    assert 0 < expected < count
+    inputs = (*features, labels, right)
+    assert problem.score(module, inputs)["accuracy"] == expected
+    assert problem.score(module, tuple(t[:1] for t in inputs))["accuracy"] in (0, 1)
+    torch.testing.assert_close(problem.loss(module, inputs), sum(losses) / count)
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "message"),
+    [
+        ({}, {"answers": ["Bob"]}, "task.label: column 'answers' holds ['Bob'], which has none of"),
+        ({}, {"query": "I saw it"}, "task.columns: query 'I saw it' must have the gap '@placeho"),
+        ({}, {"entities": []}, "task.columns: query 'so I saw @placeholder' must have the gap"),
+        ({"label": "gold"}, {}, "task.label: '{rows}' has no column 'gold'"),
+        ({"columns": {"query": "q"}}, {}, "task.columns: '{rows}' has no column 'q'"),
+        ({"as_classification": True}, {}, "task.as_classification: template 'record' has no cand"),
+        ({"max_new_tokens": 5}, {}, "task.max_new_tokens: has no effect with template 'record'"),
+    ],
+)
+def test_rows_without_a_right_candidate_are_refused(folder, tmp_path, changes, row, message):
+    path = save_rows(tmp_path / "records.jsonl", [record | row for record in RECORDS])
+    with pytest.raises(ConfigError) as error:
+        build(folder, template="record", dataset=path, **changes)
+    assert str(error.value).startswith(message.replace("{rows}", path))
+
+
+def test_f1_of_classes_is_refused_where_rows_have_their_own(folder, tmp_path):
+    path = save_rows(tmp_path / "records.jsonl", RECORDS)
+    problem = build(folder, template="record", dataset=path)
+    with pytest.raises(
+        ConfigError, match=r"^oracle\.minimize: f1 is of classes, .*; use loss or ac"
+    ):
+        find_objective("f1", problem, "oracle.minimize")
+    problem.module.eval()
+    inputs = problem.train[torch.arange(10)]
+    accuracy = problem.score(problem.module, inputs)["accuracy"] / 10
+    assert find_objective("accuracy", problem, "")(problem.module, inputs) == -accuracy
+
+
 @pytest.mark.parametrize(
     ("dtype", "kept"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
@@ -333,7 +261,6 @@ def test_examples_are_divided_by_the_seed_and_belong_to_one_part(folder, tmp_pat
     ("changes", "message"),
     [
         ({"template": "sst3"}, "task.template: unknown template 'sst3'; did you mean 'sst2'"),
-        ({"template": "squad"}, "task.template: 'squad' generates its answer, which is not supp"),
         ({"template": "rte"}, "task.template: '{rows}' has no column 'hypothesis'; known: "),
         ({"template": "{sentence} It was"}, "task.labels: a template of your own needs two labels"),
         (
