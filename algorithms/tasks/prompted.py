@@ -67,8 +67,8 @@ class Prompted(HubTask):
     labels: Annotated[dict[str, str] | None, BeforeValidator(_as_text)] = None
     """Value of the label -> the word for it: {0: terrible, 1: great}; None: the template's."""
     label: str | None = None
-    """Column of the label; None: the template's, `label` (`answer` for `winogrande`). Of a list of
-    right answers for `record`, `squad` and `drop`, where it may be a path: `answers.text`."""
+    """Column of the label; None: the template's, `label` (`answer` for `winogrande`). For `record`,
+    `squad` and `drop` of all right answers; for the latter two maybe a path: `answers.text`."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Field of the template -> the dataset's column, where names differ: {sentence: text}."""
     as_classification: bool | None = None
