@@ -71,7 +71,7 @@ class ZerothOrder(ModuleOracle):
     """Take losses along the parts of z on ``layer``, ``sublayer`` or ``module`` one by one: 2 q
     losses for each, and less variance. A step with ``all-reduce`` moves each block before the next
     one's losses are taken (Gauss-Seidel), unless ``sweep: jacobi``. Layers before the block run for
-    the first of its losses alone."""
+    the first of its losses alone, with ``minimize: loss``."""
     sweep: Literal["gauss-seidel", "jacobi"] = "gauss-seidel"
     """``jacobi``: all blocks at the same x; algorithms that need a whole gradient do so anyway."""
     first_order: tuple[str, ...] = ()

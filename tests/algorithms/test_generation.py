@@ -9,6 +9,7 @@ from language_models_for_tests import make_tokenizer, save, save_rows, transform
 
 from gossamer.algorithms.decentralized.all_reduce import AllReduce
 from gossamer.algorithms.optimizers.adam import Adam
+from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.program import TrainingProgram
 from gossamer.algorithms.registry import find
@@ -303,24 +304,28 @@ def test_minus_the_f1_of_generated_answers_can_be_minimised(folder, scheme):
     assert made.evaluate()["loss"] > 0  # the objective's own figure stays the loss
 
 
-def test_an_estimate_is_the_slope_of_minus_f1_between_two_points(folder):
+@pytest.mark.parametrize("blocks", ["none", "layer"])
+def test_an_estimate_is_the_slope_of_minus_f1_between_two_points(folder, blocks):
     """At a model that has learned a part: elsewhere few answers change, and most slopes are 0."""
     problem, eps = build(folder, "llama"), 0.1
     made = program(problem, Backprop(batch_size=10))
     advance(made, 12)
     made.layout.bind(problem.module, made.state.x[0].clone())
-    made = program(problem, ZerothOrder(minimize="f1", batch_size=10, eps=eps, queries=4))
+    oracle = ZerothOrder(minimize="f1", batch_size=10, eps=eps, queries=3, blocks=blocks)
+    made = program(problem, oracle, SGD(lr=1e-3))
     layout, row, batch = made.layout, made.state.x[0].clone(), made._batches()[0]
-    found = made.oracle.deferred(made.state.x, batch).grad.coefficients * 4
-    for slopes, examples in zip(found, batch, strict=True):
-        for number, slope in enumerate(slopes):
+    probes = made.oracle.deferred(made.state.x, batch).grad
+    for rank, slopes in enumerate(probes.coefficients * 3):
+        for (step, number, tensors), slope in zip(probes.along[rank], slopes, strict=True):
             sums = []
             for scale in (eps, -eps):
-                moved = perturb_(row.clone(), layout, made.oracle._seed, 0, number, scale)
-                layout.bind(problem.module, moved)
-                sums.append(problem.score(problem.module, examples.inputs)["f1"].item())
+                z = (probes.seed, step, number, scale)
+                layout.bind(problem.module, perturb_(row.clone(), layout, *z, tensors=tensors))
+                sums.append(problem.score(problem.module, batch[rank].inputs)["f1"].item())
             assert slope.item() == pytest.approx((sums[1] - sums[0]) / 10 / (2 * eps))
-    assert found.any()
+    assert probes.coefficients.any()
+    # Layers are not skipped: an answer takes several forward passes, each on another text.
+    assert oracle._beside.prefix is None
 
 
 def test_a_run_shows_f1_in_summary_report_and_progress(folder, tmp_path, capfd):
