@@ -99,7 +99,7 @@ class Evaluator:
                 scores = problem.score(problem.module, self._look_up(dataset, places[:1]))
             self._score_names = list(scores)
 
-    def evaluate(self, x: Tensor) -> dict[str, float]:
+    def evaluate(self, x: Tensor, *, equal: bool = False) -> dict[str, float]:
         """Return the figures at ``x``, the same on every process.
 
         - ``loss``, ``grad_norm``: f and |grad f| at the mean row, over the training examples;
@@ -117,12 +117,14 @@ class Evaluator:
 
         Args:
             x: (local, d), the hosted ranks' parameters; kept.
+            equal: all ranks' rows are equal to the bit: their mean is one of them, and no copy.
         """
         comm, problem = self._comm, self._problem
         with self._evaluating():
             self._bind_mean_buffers()
-            mean = comm.all_reduce(x, op="mean", count=False) if comm.n > 1 else x
-            figures = {"consensus": self._distance(x, mean)}
+            equal = equal or comm.n == 1
+            mean = x[:1] if equal else comm.all_reduce(x, op="mean", count=False)
+            figures = {"consensus": 0.0 if equal else self._distance(x, mean)}
             if self._training:
                 figures |= self._objective_at(mean, self._gradient)
             if self._training and self._rank_grad_norm:
@@ -206,10 +208,9 @@ class Evaluator:
 
     def _distance(self, x: Tensor, mean: Tensor) -> float:
         squares = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
-        if self._comm.n > 1:
-            for columns in zip(x.split(_COLUMNS, dim=1), mean.split(_COLUMNS, dim=1), strict=True):
-                apart = torch.sub(*columns)
-                squares += row_dot(apart, apart)
+        for columns in zip(x.split(_COLUMNS, dim=1), mean.split(_COLUMNS, dim=1), strict=True):
+            apart = torch.sub(*columns)
+            squares += row_dot(apart, apart)
         return math.sqrt(self._comm.all_reduce(squares, count=False).item() / self._comm.n)
 
     # --- sums over examples -----------------------------------------------------------------

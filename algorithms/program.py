@@ -108,27 +108,37 @@ class TrainingProgram:
         Raises:
             RanksDiffer: the algorithm keeps the ranks equal to the bit, and they are not.
         """
-        self._check_equal()
-        figures = self._evaluator.evaluate(self.state.x)
+        equal = self._check_equal()
+        figures = self._evaluator.evaluate(self.state.x, equal=equal)
         training = self._evaluator.training_names
         return {self._marked(k) if k in training else k: value for k, value in figures.items()}
 
-    def _check_equal(self) -> None:
-        """Compare the ranks' parameters, where the algorithm keeps them equal to the bit."""
-        comm = self.comm
-        if comm.n == 1 or self.algorithm.mean_delay(comm.topology) is None:
-            return
-        digests = [list(self.layout.digest(row)[:8]) for row in self.state.x]
-        local = torch.tensor(digests, dtype=torch.uint8, device=comm.device)
-        rows = comm.all_gather(local, count=False)
+    def _check_equal(self) -> bool:
+        """Compare the ranks' parameters, where the algorithm keeps them equal to the bit.
+
+        Returns:
+            Whether it does.
+        """
+        comm, x = self.comm, self.state.x
+        if self.algorithm.mean_delay(comm.topology) is None:
+            return False
+        first = self.layout.digest(x[0])
+        bits = x.view(torch.uint8)
+        digests = [
+            first if torch.equal(row, bits[0]) else self.layout.digest(x[i])
+            for i, row in enumerate(bits)
+        ]
+        local = torch.tensor([list(digest[:8]) for digest in digests], dtype=torch.uint8)
+        rows = comm.all_gather(local.to(comm.device), count=False)
         apart = (rows != rows[:1]).any(dim=1).nonzero().flatten().tolist()
         if apart:
             raise RanksDiffer(
                 f"parameters (step {comm.step}): {self.algorithm.name} keeps the ranks equal to "
                 f"the bit, but ranks {apart} hold others than rank 0: kernels that are not "
-                "deterministic, processors of several kinds, or faulty memory; resume from the "
-                "last checkpoint"
+                "deterministic, processors of several kinds, or faulty memory; resume from a "
+                "checkpoint of before the last evaluation in the log"
             )
+        return True
 
     def _marked(self, name: str) -> str:
         return f"nonprivate_{name}" if self._figures == "marked" else name

@@ -99,9 +99,11 @@ class TorchOptimizer(Optimizer):
     def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
         """Return x - x after the optimizer's step, on a copy: x may be on its way to others."""
         moved = x.clone()
-        self._move(moved, grad)
-        for p, value in zip(self._parameters, self._layout.views(x[0]), strict=True):
-            p.data = value
+        try:
+            self._move(moved, grad)
+        finally:
+            for p, value in zip(self._parameters, self._layout.views(x[0]), strict=True):
+                p.data = value
         return torch.sub(x, moved, out=moved)
 
     def update_(

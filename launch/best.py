@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +28,8 @@ _LOW = ("loss", "perplexity", "consensus", "grad_norm")
 class Best:
     """Keeps the checkpoint with the best value of a figure, the first of equal ones.
 
-    A run that is resumed in its folder goes on from the best so far, though it may have been found
-    after the checkpoint that it resumes from.
+    A run that is resumed in its folder goes on from the best before the checkpoint that it resumes
+    from, where that is still there: a later one is of steps that are made again.
     """
 
     def __init__(self, figure: str, folder: Path, comm: Communicator, save: Save) -> None:
@@ -45,8 +46,9 @@ class Best:
         self.record: Record | None = None
         found = latest(self._folder) if comm.transport.process == 0 else None
         if found is not None:
-            record = Checkpoint.open(found).meta.get("record", {})
-            self.record = record if figure in record else None
+            with contextlib.suppress(ConfigError):  # a broken one is replaced by the next
+                meta = Checkpoint.open(found).meta
+                self.record = meta["record"] if meta.get("figure") == figure else None
 
     def see(self, record: Record) -> None:
         """Save where an evaluation is the best so far; every process calls it.
@@ -56,12 +58,13 @@ class Best:
         """
         if self._figure not in record:
             raise ConfigError(
-                f"keep_best: this run has no figure '{self._figure}'"
-                f"{nearest(self._figure, record)}; it has {', '.join(sorted(record))}"
+                f"keep_best: this run's evaluations have no figure '{self._figure}'"
+                f"{nearest(self._figure, record)} (they have {', '.join(sorted(record))})"
             )
-        best = -math.inf if self.record is None else self._sign * self.record[self._figure]
-        better = float(self._sign * record[self._figure] > best)
+        value = record[self._figure]
+        best = None if self.record is None else self._sign * self.record[self._figure]
+        better = float(math.isfinite(value) and (best is None or self._sign * value > best))
         rows = torch.full((self._comm.local, 1), better, device=self._comm.device)
         if self._comm.broadcast(rows, count=False).item():
             self.record = {k: v for k, v in record.items() if math.isfinite(v)}
-            self._save(self._folder, 1, {"record": self.record})
+            self._save(self._folder, 1, {"figure": self._figure, "record": self.record})

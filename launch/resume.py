@@ -13,9 +13,10 @@ import torch
 
 from gossamer.algorithms.conditions import needs_static
 from gossamer.algorithms.program import TrainingProgram
+from gossamer.launch.best import BEST
 from gossamer.launch.config import Experiment
 from gossamer.runtime import Communicator
-from gossamer.runtime.checkpoint import Checkpoint
+from gossamer.runtime.checkpoint import Checkpoint, latest
 from gossamer.runtime.errors import ConfigError
 
 __all__ = ["Resumption", "resume_from"]
@@ -48,6 +49,12 @@ def resume_from(folder: Path) -> Checkpoint | None:
     """
     begun = (folder / "config.yaml").is_file() and not (folder / "summary.json").exists()
     if begun and not any((folder / "checkpoints").glob("step-*")):
+        if latest(folder / BEST) is not None:
+            raise ConfigError(
+                f"--resume: {folder} was ended before its first checkpoint but for the best one, "
+                f"which a new start would remove; go on from it with --resume {folder / BEST}, or "
+                "start without --resume, in another folder"
+            )
         return None
     return Checkpoint.open(folder)
 

@@ -310,7 +310,7 @@ def _summary(
 ) -> dict[str, Any]:
     topology = experiment.topology
     return {
-        "grad_norm": None,  # where nothing backpropagates
+        "grad_norm": None,  # where nothing backpropagates, or it is hidden
         **last,
         "steps": comm.step,
         "ranks": comm.n,

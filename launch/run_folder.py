@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,8 +92,7 @@ def prepare_folder(folder: Path, experiment: Experiment, step: int, recorder: Re
         write_whole(folder / "config.yaml", resolved)
         (folder / "summary.json").unlink(missing_ok=True)
         discard_after(folder / "checkpoints", step)
-        if step == 0:
-            shutil.rmtree(folder / BEST, ignore_errors=True)
+        discard_after(folder / BEST, step)
         recorder.truncate(step if step > 0 else -1)
     except OSError as error:
         raise ConfigError(

@@ -122,7 +122,7 @@ def run_loop(
         options: how long, how often.
         log: takes each record, on every process.
         save: writes a checkpoint of this step.
-        evaluated: takes each record with an evaluation, on every process, before the next step.
+        evaluated: takes the figures of each evaluation, on every process, before the next step.
         stop: a request to end early.
 
     Raises:
@@ -146,8 +146,9 @@ def run_loop(
             record: Record = {"step": comm.step, **_means(comm, figures), **clock.read()}
             if comm.step % options.evaluate_every == 0 or last:
                 with clock.paused():
-                    record |= program.evaluate()
-                    evaluated(record)
+                    found: Record = {"step": comm.step, **program.evaluate()}
+                    evaluated(found)
+                record |= found
             log(record)
         due = options.checkpoint_every and comm.step % options.checkpoint_every == 0
         if save is not None and (due or last):

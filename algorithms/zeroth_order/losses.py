@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -32,6 +32,8 @@ _Z = tuple[int, int, int, float, Distribution, Mask | None]
 
 _CHECKED = 8
 """Examples with which the losses of moved and of written parameters are compared."""
+_DISPLACED = 0.05
+"""How far parameters move to see which layers a block does not reach."""
 _COLUMNS = 2**18
 
 
@@ -117,9 +119,35 @@ class LossesBeside:
             blocks: of tensors.
             examples: of a forward pass, at most.
         """
-        inputs = self._inputs(min(_CHECKED, examples or _CHECKED))
-        loss = partial(self._loss, inputs)
-        self.prefix = PrefixCache(self._problem.module, self._layout, blocks, loss)
+        loss = partial(self._loss, self._inputs(min(_CHECKED, examples or _CHECKED)))
+        module = self._problem.module
+        self.prefix = PrefixCache(module, self._layout, blocks, loss, self._displaced)
+
+    @contextlib.contextmanager
+    def _displaced(self, block: frozenset[int]) -> Iterator[None]:
+        """While inside, compute with all parameters moved; those of the block along another z."""
+
+        def shift(flat: Tensor, pieces: list[Piece], source: Tensor) -> None:
+            for other in (False, True):
+                chosen = [piece for piece in pieces if (piece.tensor in block) == other]
+                add_(flat, chosen, 0, 0, int(other), _DISPLACED, source=source)
+
+        if self.transient is not None:
+            with self.transient.moved(shift):
+                yield
+            return
+        module, layout, row = self._problem.module, self._layout, self._copy
+        bound = [(p, p.data, p.grad) for p in layout.parameters(module)]
+        layout.gather(module, row)
+        others = {s.tensor for s in layout.slices} - block
+        perturb_(row, layout, 0, 0, 0, _DISPLACED, tensors=others)
+        perturb_(row, layout, 0, 0, 1, _DISPLACED, tensors=block)
+        layout.bind(module, row)
+        try:
+            yield
+        finally:
+            for p, data, grad in bound:
+                p.data, p.grad = data, grad
 
     def forget(self) -> None:
         """Forget what layers gave: the batch is another, or all parameters have moved."""

@@ -2,23 +2,25 @@
 
 A block's directions move nothing before it, so the layers there give what they gave (block-wise
 optimization, arXiv:2402.11592): of blocks taken in turn about half of all is saved, for the memory
-of what one layer returns.
+of what two layers return, for each hosted rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gossamer.algorithms.zeroth_order.blocks import is_layer
 from gossamer.runtime import RowLayout
 
 __all__ = ["PrefixCache"]
+
+log = logging.getLogger("gossamer")
 
 Block = frozenset[int]
 
@@ -27,8 +29,8 @@ class PrefixCache:
     """Skips layers whose output is known.
 
     Layers are the numbered parts of a model, where they run once in a forward pass, one after
-    another. What is skipped for which block is found by watching a loss, and tried with the block
-    moved: where the loss would not be the same to the bit, nothing is skipped.
+    another. What is skipped for which block is found by watching a loss, and tried with all
+    parameters moved: where the loss would not be the same to the bit, nothing is skipped.
 
     Attributes:
         skipped: block -> how many layers lie before it.
@@ -40,43 +42,48 @@ class PrefixCache:
         layout: RowLayout,
         blocks: Iterable[Block],
         loss: Callable[[], float],
+        displaced: Callable[[Block], AbstractContextManager[object]],
     ) -> None:
         """Find out what can be skipped.
 
         Args:
-            module: bound to parameters of its own; they are as they were afterwards.
+            module: its parameters are as they were afterwards.
             layout: of its row.
             blocks: of tensors.
             loss: runs the module once, without a graph.
+            displaced: while inside, the module computes with all parameters moved at random, those
+                of a block otherwise than for no block: zeros would hide that they are used.
         """
         self._layers: list[nn.Module] = []
-        self._kept: dict[Hashable, tuple[int, list[Any]]] = {}
+        self._kept: dict[Hashable, tuple[int, Any]] = {}
         before = _layers_before(module, layout, self._layers, loss)
         if not self._layers:
             before.clear()
         self.skipped = {block: min(before.get(t, 0) for t in block) for block in blocks}
-        parameters = layout.parameters(module)
         for block, count in self.skipped.items():
-            if count and not self._is_right(block, [parameters[tensor] for tensor in block], loss):
+            if count and not self._is_right(block, loss, displaced):
                 self.skipped[block] = 0
             self.clear()
+        log.debug("zeroth order: layers skipped for each block: %s", [*self.skipped.values()])
 
-    @torch.no_grad()
-    def _is_right(self, block: Block, tensors: Sequence[Tensor], loss: Callable[[], float]) -> bool:
-        """Say whether ``loss`` sees the block move."""
-        with self.before(block, key=None):
+    def _is_right(
+        self,
+        block: Block,
+        loss: Callable[[], float],
+        displaced: Callable[[Block], AbstractContextManager[object]],
+    ) -> bool:
+        """Say whether ``loss`` sees the block, and it alone, move."""
+        with displaced(frozenset()), self.before(block, key=None):
             loss()
-        try:
-            for tensor in tensors:
-                tensor.mul_(2)  # which can be undone to the bit
+        with displaced(block):
             found = []
             for _ in range(2):  # nobody may write to what is kept
-                with self.before(block, key=None):
-                    found.append(loss())
+                try:
+                    with self.before(block, key=None):
+                        found.append(loss())
+                except Exception:  # what lies between layers need not take a later one's output
+                    return False
             return found == [loss()] * 2
-        finally:
-            for tensor in tensors:
-                tensor.mul_(0.5)
 
     def clear(self) -> None:
         """Forget all outputs: the batch is another, or parameters have moved."""
@@ -84,46 +91,39 @@ class PrefixCache:
 
     @contextmanager
     def before(self, block: Block, key: Hashable) -> Iterator[None]:
-        """While inside, a loss may begin at ``block``; all that lies before it stays as it is.
+        """While inside, one forward pass may begin at ``block``; what lies before it stays.
 
         Blocks may be updated between two calls, each after its own: an output is forgotten where
         the next block lies before it.
 
         Args:
             block: one of those given.
-            key: of the batch and of the row, say; the batch must be cut alike each time.
+            key: of the batch and of the row, say.
         """
         wanted = self.skipped[block]
-        have, outputs = self._kept.get(key, (0, []))
+        have, output = self._kept.pop(key, (0, None))
         if have > wanted:
-            have, outputs = 0, []
+            have, output = 0, None
         fresh: list[Any] = []
-        passes = _Passes()
         with ExitStack() as stack:
             for layer in self._layers[:have]:
                 stack.callback(_restore, layer, layer.__dict__.get("forward"))
-                layer.forward = partial(_known, passes, outputs)
-            if have:
-                stack.callback(self._layers[0].register_forward_pre_hook(passes.count).remove)
+                layer.forward = partial(_known, output, [])
             if wanted > have:
                 last = self._layers[wanted - 1]
                 stack.callback(last.register_forward_hook(partial(_keep, fresh)).remove)
             yield
-        self._kept[key] = (wanted, fresh) if wanted > have else (have, outputs)
+        if wanted == have:
+            self._kept[key] = (have, output)
+        elif len(fresh) == 1:
+            self._kept[key] = (wanted, fresh[0])
 
 
-class _Passes:
-    """Counts the forward passes of a loss: parts of a batch come one after another."""
-
-    def __init__(self) -> None:
-        self.now = -1
-
-    def count(self, *_: Any) -> None:
-        self.now += 1
-
-
-def _known(passes: _Passes, outputs: list[Any], *_: Any, **__: Any) -> Any:
-    return outputs[passes.now]
+def _known(output: Any, calls: list[None], *_: Any, **__: Any) -> Any:
+    if calls:
+        raise RuntimeError("a layer that ran once in a forward pass runs twice")
+    calls.append(None)
+    return output
 
 
 def _keep(outputs: list[Any], layer: nn.Module, given: Any, output: Any) -> None:

@@ -70,8 +70,9 @@ class ZerothOrder(ModuleOracle):
     blocks: Partition = "none"
     """Take losses along the parts of z on ``layer``, ``sublayer`` or ``module`` one by one: 2 q
     losses for each, and less variance. A step with ``all-reduce`` moves each block before the next
-    one's losses are taken (Gauss-Seidel), unless ``sweep: jacobi``. Layers before the block run for
-    the first of its losses alone, with ``minimize: loss``."""
+    one's losses are taken (Gauss-Seidel), unless ``sweep: jacobi``. Numbered layers before
+    the block do not run again for its losses: with ``minimize: loss``, on whole batches, where they
+    run one after another."""
     sweep: Literal["gauss-seidel", "jacobi"] = "gauss-seidel"
     """``jacobi``: all blocks at the same x; algorithms that need a whole gradient do so anyway."""
     first_order: tuple[str, ...] = ()
@@ -164,10 +165,12 @@ class ZerothOrder(ModuleOracle):
             self.restore,
             further=problem.loss,
         )
-        # Other objectives may run the module again on what it gave: a generated answer.
-        if self.estimate != "forward" and self.blocks != "none" and self.minimize == "loss":
+        # Other objectives may run the module again on what it gave (a generated answer); parts of a
+        # batch are to save the memory of what layers return.
+        one_pass = self.minimize == "loss" and self.micro_batch_size is None
+        if self.estimate != "forward" and self.blocks != "none" and one_pass:
             blocks = [block for block in self._blocks if block is not None]
-            self._beside.skip_before(blocks, self.micro_batch_size)
+            self._beside.skip_before(blocks, self.examples_at_once)
         return plan
 
     @property
@@ -220,7 +223,7 @@ class ZerothOrder(ModuleOracle):
         """Return the estimate as Probes; the loss is the mean of those that were taken."""
         try:
             return self._estimate(x, batch, self._blocks, self._next_draw(), combine)
-        finally:
+        finally:  # an error may have come in between
             self._beside.forget()
 
     def sweep_over(self, x: Tensor, batch: RankBatches) -> Iterator[Estimate]:
@@ -253,6 +256,8 @@ class ZerothOrder(ModuleOracle):
                 found, loss = self._slopes(rows[i], i, k, examples.inputs, along[rank])
                 slopes[i] += c * found
                 losses[i] = loss if rows is x else losses[i]
+                if len(blocks) > 1:  # the sweep is over
+                    self._beside.forget()
         if not any(rows is x for _, rows in points):
             losses = self.loss(x, batch)
         per_direction = 2 if self.estimate == "two-sided" else 1

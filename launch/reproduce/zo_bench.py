@@ -1,7 +1,8 @@
 """The zeroth-order benchmark in small (arXiv:2402.11592): what forward passes alone can train.
 
-Digits, an MLP 64-32-10 of 2,410 parameters, batches of 64, one rank. Rates are each method's best
-of a few on these test examples: the table does not rank the zeroth-order variants.
+Digits, an MLP 64-32-10 of 2,410 parameters, batches of 64, one rank; language models are in
+``zo_prompts``. Rates are each method's best of a few on these test examples: the table does not
+rank the zeroth-order variants.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from gossamer.launch.reproduce.claims import Claim, at_least, at_most, shown
 from gossamer.launch.reproduce.paper import Paper
 from gossamer.launch.reproduce.simulation import Laboratory, Sample, Simulation
+from gossamer.launch.reproduce.zo_prompts import alignment, schemes
 
 __all__ = ["PAPER", "accuracy", "derivatives", "equal_forwards", "queries", "unstable", "variants"]
 
@@ -133,6 +135,8 @@ PAPER = Paper(
         "queries": queries,
         "equal-forwards": equal_forwards,
         "unstable": unstable,
+        "alignment": alignment,
+        "schemes": schemes,
     },
     seeds=dict.fromkeys(
         ("accuracy", "derivatives", "variants", "queries", "equal-forwards", "unstable"), 5

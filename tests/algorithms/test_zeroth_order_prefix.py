@@ -12,7 +12,7 @@ from gossamer.algorithms.problems import Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.transformer import Transformer
 from gossamer.algorithms.zeroth_order.blocks import blocks_of
-from gossamer.algorithms.zeroth_order.prefix import PrefixCache
+from gossamer.algorithms.zeroth_order.losses import Directed, LossesBeside
 from gossamer.algorithms.zeroth_order.zeroth_order import ZerothOrder
 from gossamer.runtime import RowLayout
 
@@ -28,16 +28,28 @@ class Chain(nn.Module):
         self.last = nn.LayerNorm(6)
         self.first = nn.Linear(5, 6)
         self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(LAYERS))
+        if special == "layers of zeros on a path past them":
+            for layer in self.layers:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        if special == "layers that differ in width":
+            self.layers = nn.ModuleList(nn.Linear(6 + k, 7 + k) for k in range(LAYERS))
+            self.last = nn.LayerNorm(6 + LAYERS)
 
     def forward(self, h):
         h = self.first(h)
         for k, layer in enumerate(self.layers):
             if self.special == "an early layer takes a late weight" and k == 1:
                 h = h @ self.layers[3].weight
-            h = layer(h)
-            if self.special == "what a layer returns is written to":
+            if self.special == "layers of zeros on a path past them":
+                h = h + layer(h)
+            elif self.special == "what a layer returns is written to":
+                h = layer(h)
                 h += 1
-            h = h.tanh() if self.special != "what a layer returns is written to" else h
+            elif self.special == "layers that differ in width":
+                h = layer(h + torch.ones(6 + k)).tanh()
+            else:
+                h = layer(h).tanh()
         if self.special == "a layer runs twice":
             h = self.layers[0](h)
         return self.last(h)
@@ -71,7 +83,7 @@ def without_skipping(run):
     "options",
     [
         {"restore": "transient"},
-        {"restore": "snapshot", "micro_batch_size": 3},
+        {"restore": "snapshot"},
         {"estimate": "one-sided", "queries": 2},
         {"blocks": "module", "directions": "own"},
     ],
@@ -120,35 +132,60 @@ def test_layers_before_a_block_run_once_more_at_most():
         ("a layer runs twice", [0] * (LAYERS + 2)),
         ("an early layer takes a late weight", [LAYERS, 0, 0, 1, 2, 0]),
         ("what a layer returns is written to", [0] * (LAYERS + 2)),
+        ("layers of zeros on a path past them", [0, 0, 0, 1, 0, 0]),
+        ("layers that differ in width", [0, 0, 0, 1, 0, 0]),
     ],
 )
 def test_nothing_is_skipped_that_would_change_a_loss(special, skipped):
     problem = chain(special)
     before = [p.detach().clone() for p in problem.module.parameters()]
-    layout = RowLayout(problem.module)
-
-    @torch.no_grad()
-    def loss():
-        return problem.loss(problem.module, problem.train.tensors).item()
-
-    found = PrefixCache(problem.module, layout, blocks_of(layout, "layer"), loss)
-    assert list(found.skipped.values()) == skipped
+    for restore in ("snapshot", "transient"):
+        if (restore, special) != ("transient", "an early layer takes a late weight"):  # refused
+            assert list(cache_of(problem, restore).skipped.values()) == skipped
     assert all(map(torch.equal, problem.module.parameters(), before))
     assert not any("forward" in m.__dict__ for m in problem.module.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in problem.module.modules())
 
 
+def cache_of(problem, restore="transient"):
+    layout = RowLayout(problem.module)
+
+    @torch.no_grad()
+    def loss(inputs):
+        return problem.loss(problem.module, inputs).item()
+
+    beside = LossesBeside(problem, layout, Directed(0, "normal", None), loss, restore)
+    beside.skip_before(blocks_of(layout, "layer"), None)
+    return beside.prefix
+
+
 def test_an_error_inside_leaves_the_module_as_it_was():
     problem = chain()
-    layout = RowLayout(problem.module)
-    blocks = blocks_of(layout, "layer")
-    values = partial(problem.loss, problem.module, problem.train.tensors)
-    cache = PrefixCache(problem.module, layout, blocks, lambda: values().item())
-    with cache.before(blocks[3], "row"):
-        values()
+    cache = cache_of(problem)
+    blocks = list(cache.skipped)
+    with torch.no_grad(), cache.before(blocks[3], "row"):
+        problem.loss(problem.module, problem.train.tensors)
     with pytest.raises(RuntimeError, match="on purpose"), cache.before(blocks[4], "row"):
         raise RuntimeError("on purpose")
     assert not any("forward" in m.__dict__ for m in problem.module.modules())
+    assert not cache._kept
+
+
+def test_a_second_pass_within_a_loss_is_an_error_not_another_loss():
+    problem = chain()
+    cache = cache_of(problem)
+    block = list(cache.skipped)[4]
+    for passes in (1, 2):
+        with torch.no_grad(), cache.before(block, "row"):
+            problem.loss(problem.module, problem.train.tensors)
+            if passes == 2:
+                with pytest.raises(RuntimeError, match="runs twice"):
+                    problem.loss(problem.module, problem.train.tensors)
+
+
+def test_a_batch_in_parts_is_not_kept():
+    run = program(chain(), ZerothOrder(blocks="layer", batch_size=8, micro_batch_size=3))
+    assert run.oracle._beside.prefix is None
 
 
 def test_a_sweep_that_ends_early_leaves_nothing_for_the_next_batch():

@@ -6,10 +6,11 @@ import pytest
 
 from gossamer.launch.reproduce.simulation import Laboratory
 from gossamer.launch.reproduce.zo_bench import accuracy, derivatives, queries, unstable
+from gossamer.launch.reproduce.zo_prompts import alignment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SEEDS = {accuracy: 2, derivatives: 2, queries: 2, unstable: 2}
+SEEDS = {accuracy: 2, derivatives: 2, queries: 2, unstable: 2, alignment: 2}
 
 
 @pytest.mark.parametrize("group", SEEDS, ids=lambda group: group.__name__)
