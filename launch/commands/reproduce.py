@@ -53,6 +53,8 @@ def reproduce(
             raise ConfigError(f"--only: unknown group '{name}'{nearest(name, found.groups)}")
     chosen = {name: group for name, group in found.groups.items() if name in (only or found.groups)}
     jobs = jobs or min(_MOST_JOBS, os.cpu_count() or 1)
+    for package in ("HF_HUB", "HF_DATASETS"):  # a bar for every one of many runs
+        os.environ.setdefault(f"{package}_DISABLE_PROGRESS_BARS", "1")
     begin, claims = time.perf_counter(), []
     with Console(stderr=True).status("") as status, Laboratory(jobs=jobs) as lab:
 
