@@ -370,6 +370,10 @@ class Algorithm(Component, ABC):
         """
         return None
 
+    def keeps_equal(self, topology: Topology) -> bool:
+        """Say whether all ranks hold the same parameters at every step, to the bit."""
+        return self.mean_delay(topology) is not None
+
     def watch(self, taken: Callable[[Directions], object]) -> None:
         """Call ``taken`` with each mean that all ranks apply alike, where that is Directions."""
         self._taken = taken

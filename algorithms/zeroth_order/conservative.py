@@ -49,6 +49,10 @@ class Conservative(Algorithm):
         """Take any graph: it is not used."""
         return topology
 
+    def keeps_equal(self, topology: Topology) -> bool:
+        """All ranks make the same choice."""
+        return True
+
     def init(
         self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches
     ) -> ConservativeState:

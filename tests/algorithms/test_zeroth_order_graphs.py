@@ -18,6 +18,7 @@ from gossamer.algorithms.oracles.backprop import Backprop
 from gossamer.algorithms.program import TrainingProgram
 from gossamer.algorithms.protocols import Algorithm
 from gossamer.algorithms.zeroth_order.coefficient_gossip import CoefficientGossip
+from gossamer.algorithms.zeroth_order.conservative import Conservative
 from gossamer.algorithms.zeroth_order.dissemination import dissemination
 from gossamer.algorithms.zeroth_order.flood import Flood, FloodState
 from gossamer.algorithms.zeroth_order.probes import Along, Probes
@@ -285,9 +286,9 @@ def test_an_oracle_without_directions_of_its_own_is_refused(algorithm):
         TrainingProgram(comm, problem(4), Backprop(), made)
 
 
-@pytest.mark.parametrize("algorithm", [AllReduce(optimizer=PLAIN), Flood(optimizer=PLAIN)])
-def test_ranks_that_came_apart_are_noticed_at_the_next_evaluation(algorithm):
-    made = run(program(algorithm, "ring", 4), steps=2)
+@pytest.mark.parametrize("kind", [AllReduce, Flood, Conservative])
+def test_ranks_that_came_apart_are_noticed_at_the_next_evaluation(kind):
+    made = run(program(kind(optimizer=PLAIN), "ring", 4), steps=2)
     made.evaluate()
     made.state.x[2, 0] += 1e-6
     with pytest.raises(RanksDiffer, match=r"step 2\): .* ranks \[2\] hold others than rank 0"):
