@@ -67,7 +67,9 @@ CLAIMS: dict[str, tuple[Group, int]] = {
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @needs_opacus
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize(
+    "name", [*list(CLAIMS)[:-1], pytest.param("network", marks=pytest.mark.long)]
+)
 def test_the_claims_of_private_training_hold(name, lab: Laboratory, monkeypatch):
     group, seeds = CLAIMS[name]
     monkeypatch.setattr(lab, "seeds", seeds)

@@ -13,7 +13,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SEEDS = {accuracy: 2, derivatives: 2, queries: 2, unstable: 2, alignment: 2}
 
 
-@pytest.mark.parametrize("group", SEEDS, ids=lambda group: group.__name__)
+LONG = {alignment: pytest.mark.long}
+"""Of pretrained models: it passes with two seeds, as with three in ``gossamer reproduce``."""
+
+
+@pytest.mark.parametrize(
+    "group",
+    [pytest.param(group, marks=LONG.get(group, ()), id=group.__name__) for group in SEEDS],
+)
 def test_the_claims_of_zeroth_order_training_hold(group, lab: Laboratory, monkeypatch):
     monkeypatch.setattr(lab, "seeds", SEEDS[group])
     claims = list(group(lab))

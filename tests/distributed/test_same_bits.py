@@ -130,7 +130,7 @@ def gossamer(processes: int) -> list[str]:
 @pytest.mark.parametrize(
     ("launcher", "processes", "asked", "transport"),
     [
-        (torchrun, 1, "native", "native"),
+        pytest.param(torchrun, 1, "native", "native", marks=pytest.mark.long),
         (torchrun, 2, "auto", "native"),
         (gossamer, 4, "auto", "native"),
         (mpirun, 8, "auto", "native"),
