@@ -147,10 +147,17 @@ def require_own_weight(algorithm: str, topology: Topology) -> Topology:
 
 
 def require_form(algorithm: Algorithm, oracle: Oracle) -> None:
-    """Refuse an oracle whose gradients come in a form that the algorithm does not take."""
+    """Refuse an oracle whose gradients come in a form, or at once, as the algorithm takes none."""
     if oracle.form not in algorithm.takes:
         raise ConfigError(
             f"oracle: {oracle.name} gives {oracle.form}, of which {algorithm.name} can make no "
             f"step (it takes {' or '.join(sorted(algorithm.takes))}); use another oracle, or an "
             f"algorithm that takes {oracle.form}"
         )
+    if algorithm.streams and oracle.keeps_whole is not None:
+        raise ConfigError(
+            f"algorithm.per_layer: updates parameters one by one as backward goes on, but "
+            f"{oracle.keeps_whole}; use per_layer: false, or oracle: backprop alone"
+        )
+    if algorithm.streams and algorithm.optimizer is not None:
+        algorithm.optimizer.require_parts()

@@ -31,6 +31,11 @@ Metrics = Mapping[str, Tensor | float]
 class Directions(Protocol):
     """A gradient estimate that is not written down: what makes it, row by row."""
 
+    @property
+    def has_room(self) -> bool:
+        """Whether ``dense`` takes no memory beyond what is held anyway."""
+        ...
+
     def mean(self, comm: Communicator) -> Tensor | Directions | None:
         """Return the mean of the estimates over ranks, one row or one for each hosted rank.
 
@@ -78,8 +83,9 @@ class Estimate:
     """What an oracle says about one point per rank.
 
     Attributes:
-        loss: (local,) float64.
+        loss: (local,) float64, each rank's own mean over its batch, whatever f weighs.
         grad: (local, d) or Directions. Its mean over ranks estimates the objective's gradient.
+            None: a sink has it.
         weight: (local,) float64, examples or tokens behind it.
         origin: of each rank's ``grad``.
         mean_origin: of the mean of ``grad`` over ranks.

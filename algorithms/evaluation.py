@@ -114,6 +114,7 @@ class Evaluator:
           own training examples where there is none.
         - ``perplexity``: exp(test_loss), or of the loss, where that is a mean over tokens.
         - ``rank_grad_norm``: the mean over ranks of |grad f(x_i)|.
+        - what the problem's ``figures`` add, where the ranks' rows differ.
 
         Args:
             x: (local, d), the hosted ranks' parameters; kept.
@@ -139,6 +140,8 @@ class Evaluator:
                 figures |= {f"dev_{name}": value for name, value in found.items()}
             if self._per_rank and (self._training or problem.test is not None):
                 figures |= self._by_rank(x)
+            if problem.figures is not None and not equal:
+                figures |= problem.figures(comm, self._layout, x, mean)
         nats = figures.get("test_loss", figures.get("loss"))
         if self._per_token and nats is not None:
             figures["perplexity"] = torch.tensor(nats, dtype=torch.float64).exp().item()
@@ -167,7 +170,9 @@ class Evaluator:
             scored = self._problem.test is None  # else it would be computed for nothing
             sums.append(self._sums(self._shard(rank), backward=gradient, scored=scored))
         weight, table = self._table(sums)
-        share = 1 / weight
+        share = torch.where(weight > 0, 1 / weight, 0.0)
+        if self._problem.uneven and self._objective == "ranks":  # those that have a token
+            share = share * (comm.n / comm.all_reduce((weight > 0).double(), count=False))
         if self._objective == "examples":
             whole = weight * self._thinned()
             share = share * whole * (comm.n / comm.all_reduce(whole, count=False))
@@ -197,7 +202,8 @@ class Evaluator:
             part = self._shard(rank) if test is None else (test, self._test_places(test))
             sums.append(self._sums(part))
         weight, table = self._table(sums)
-        rows = self._comm.all_gather(table / weight, count=False)
+        rows = self._comm.all_gather(torch.cat([weight, table / weight], dim=1), count=False)
+        rows = rows[rows[:, 0] > 0][:, 1:]  # a rank's texts may have no token to predict
         mean, high, low = (
             self._named(t) for t in (rows.mean(dim=0), rows.amax(dim=0), rows.amin(dim=0))
         )
@@ -223,6 +229,8 @@ class Evaluator:
         for begin in range(0, len(places), self._chunk):
             inputs = self._look_up(dataset, places[begin : begin + self._chunk])
             weight = problem.weigh(inputs)
+            if not weight:
+                continue  # no token to predict: the mean loss is none
             with torch.set_grad_enabled(backward):
                 loss = problem.loss(problem.module, inputs) * weight
                 if backward:

@@ -11,15 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.component import Component
+from gossamer.runtime.random import derive_key
+from gossamer.runtime.rows import RowLayout, Slice
 
 __all__ = [
     "Batch",
     "Batches",
     "DataPlan",
     "Dataset",
+    "Figures",
     "Problem",
     "RankBatches",
+    "Restarts",
     "Stream",
     "Task",
     "default_dtype",
@@ -40,7 +45,11 @@ class Dataset(Protocol):
 
 
 class Stream(Protocol):
-    """Examples without end: drawn, not looked up."""
+    """Examples without end: drawn, not looked up.
+
+    One with ``sequential = True`` is read in order: where a step of the run has K draws, draw k of
+    step t is asked for as draw 0 of step t K + k, so that consecutive steps are neighbours.
+    """
 
     def draw(self, seed: int, rank: int, step: int, draw: int, count: int) -> tuple[Tensor, ...]:
         """Return ``count`` fresh examples: a pure function of the arguments."""
@@ -105,6 +114,26 @@ Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
 Score = Callable[[nn.Module, tuple[Tensor, ...]], dict[str, Tensor]]
 
 
+Figures = Callable[[RankGroup, RowLayout, Tensor, Tensor], dict[str, float]]
+
+
+class Restarts(Protocol):
+    """Moves parameters into what is not trained from time to time, so that outputs stay."""
+
+    @property
+    def every(self) -> int:
+        """Steps between two times."""
+        ...
+
+    def merge_(self, module: nn.Module, step: int) -> Sequence[str]:
+        """Do it to the module as it is bound; return the parameters that begin anew."""
+        ...
+
+    def prune_(self, state: Tensor, where: Slice, step: int) -> None:
+        """Reset an optimizer's state (local, d) of a parameter that begins anew, in place."""
+        ...
+
+
 def _count_examples(inputs: tuple[Tensor, ...]) -> float:
     return float(len(inputs[0]))
 
@@ -127,6 +156,10 @@ class Problem:
             examples.
         mixes_examples: whether an example's inputs were made with knowledge of other training
             examples (their mean, say), so that no privacy of single examples can be had.
+        uneven: whether batches of one size may weigh differently: documents of unequal length.
+        figures: (ranks, layout, rows (local, d), their mean (1, d)) -> figures of an evaluation;
+            every process calls it; None: none.
+        restarts: what moves parameters into what is not trained between steps; None: nothing.
     """
 
     module: nn.Module
@@ -139,6 +172,9 @@ class Problem:
     weigh: Callable[[tuple[Tensor, ...]], float] = _count_examples
     objective: Literal["ranks", "examples"] = "ranks"
     mixes_examples: bool = False
+    uneven: bool = False
+    figures: Figures | None = None
+    restarts: Restarts | None = None
 
     def examples(self, count: int) -> tuple[Tensor, ...]:
         """Return at most ``count`` from all over the training set: sorted ones keep their classes.
@@ -147,7 +183,9 @@ class Problem:
         """
         train: Any = self.train
         if hasattr(train, "draw"):
-            drawn: tuple[Tensor, ...] = train.draw(0, 0, 0, 0, count)
+            # No run's seed: a sequential stream would leave the place where the run reads on.
+            seed = derive_key(0, "examples")
+            drawn: tuple[Tensor, ...] = train.draw(seed, 0, 0, 0, count)
             return drawn
         count = min(count, len(train))
         places = torch.arange(count) * (len(train) - 1) // max(count - 1, 1)

@@ -14,29 +14,22 @@ from torch import Tensor
 
 from gossamer.algorithms.conditions import require_doubly_stochastic, require_form
 from gossamer.algorithms.estimates import (
-    PLAIN,
     Clip,
     Directions,
     Estimate,
     Metrics,
-    Origin,
     Sink,
     TrainingFigures,
 )
+from gossamer.algorithms.optimizers.base import Optimizer
 from gossamer.algorithms.problems import Batches, DataPlan, Problem, RankBatches
-from gossamer.algorithms.schedules import scheduled
 from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.component import Component
 from gossamer.runtime.errors import ConfigError
-from gossamer.runtime.rows import RowLayout, combine
-from gossamer.runtime.state import adopt, part_of
+from gossamer.runtime.rows import RowLayout
 from gossamer.topologies import Topology
 
 __all__ = ["Algorithm", "Optimizer", "Oracle", "State"]
-
-_COLUMNS = 2**18
-"""Columns of an estimate that are written down at once."""
-
 
 # --- oracles --------------------------------------------------------------------------------
 
@@ -118,6 +111,11 @@ class Oracle(Component, ABC):
         """How the log takes figures of the training examples, which no privacy covers."""
         return "open"
 
+    @property
+    def keeps_whole(self) -> str | None:
+        """Why a ``sink`` would save no memory; None: it gets gradients as they are made."""
+        return f"{self.name} gives whole gradients"
+
     @abstractmethod
     def __call__(
         self,
@@ -134,7 +132,8 @@ class Oracle(Component, ABC):
             batch: one batch per hosted rank.
             combine: [(c_k, x_k)]: estimate sum_k c_k grad f_i(x_k) on the same examples instead
                 (the loss is still at ``x``).
-            sink: called per slice of the row, in one order on all ranks, instead of holding a row.
+            sink: called per slice of the row, in one order on all ranks, instead of holding a row;
+                may change x in those columns. ``grad`` is None then.
         """
 
     @property
@@ -231,75 +230,7 @@ class Oracle(Component, ABC):
         return {}
 
 
-# --- optimizers and algorithms --------------------------------------------------------------
-
-
-class Optimizer(Component, ABC):
-    """Turns a gradient into an update of the row, local to the rank."""
-
-    name: str = ""
-    lr: float = Field(gt=0)
-    """Learning rate. Required: no value suits every model."""
-    schedule: Literal["constant", "sqrt", "sqrt_n_over_t", "linear", "cosine"] = "constant"
-    """How the rate moves: lr; lr / sqrt(k + 1); lr * sqrt(n / (k + 1)) capped at lr; to zero."""
-    warmup: int = Field(default=0, ge=0)
-    """Steps over which the rate rises linearly from 0."""
-
-    _columns: slice = PrivateAttr(default=slice(0, None))
-    """Of the row: those that ``update_`` is given now."""
-
-    def know(self, layout: RowLayout) -> None:
-        """Get to know where which parameter lies, before ``init``.
-
-        Raises:
-            ConfigError: a field names parameters that there are not.
-        """
-
-    @abstractmethod
-    def init(self, x: Tensor) -> Any:
-        """Return the state for rows like x (local, d): a dataclass of tensors, or None."""
-
-    @abstractmethod
-    def direction(self, state: Any, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
-        """Return the direction (local, d) whose multiple by -rate is the update; moves ``state``.
-
-        ``x`` and ``grad`` are kept; the result may be ``grad`` itself. ``origin`` is of ``grad``.
-        """
-
-    def rate(self, comm: Communicator) -> float:
-        """Return the learning rate of this step."""
-        return scheduled(self.lr, self.schedule, self.warmup, comm)
-
-    def update_(
-        self, state: Any, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin = PLAIN
-    ) -> Tensor:
-        """``x -= rate * direction`` in place; returns x."""
-        direction = self.direction(state, x, grad, origin)
-        return combine([(1.0, x), (-self.rate(comm), direction)], out=x)
-
-    def apply_(
-        self,
-        state: Any,
-        x: Tensor,
-        grad: Tensor | Directions,
-        comm: Communicator,
-        origin: Origin = PLAIN,
-    ) -> Tensor:
-        """``update_`` with rows, or with what ``Oracle.deferred`` gives in their place.
-
-        Of Directions a part of the columns is written down at a time: a rule is elementwise.
-        """
-        if isinstance(grad, Tensor):
-            return self.update_(state, x, grad, comm, origin)
-        d = x.shape[1]
-        for begin in range(0, d, _COLUMNS):
-            end = min(d, begin + _COLUMNS)
-            part = part_of(state, d, begin, end)
-            self._columns = slice(begin, end)
-            self.update_(part, x[:, begin:end], grad.columns(begin, end), comm, origin)
-        self._columns = slice(0, None)
-        adopt(state, part, d)
-        return x
+# --- algorithms -----------------------------------------------------------------------------
 
 
 class State(Protocol):
@@ -338,6 +269,11 @@ class Algorithm(Component, ABC):
     _taken: Callable[[Directions], object] | None = PrivateAttr(default=None)
 
     @property
+    def defers(self) -> bool:
+        """Whether its optimizer is given what ``Oracle.deferred`` gives, Directions maybe."""
+        return False
+
+    @property
     def batches_per_step(self) -> int:
         """Draws of one step: the number of local updates inside it."""
         return 1
@@ -346,6 +282,11 @@ class Algorithm(Component, ABC):
     def rounds_per_step(self) -> int:
         """How far the schedule's round t moves after a step."""
         return 1
+
+    @property
+    def streams(self) -> bool:
+        """Whether it calls the oracle with a ``sink``, and never holds a whole gradient."""
+        return False
 
     def adapt(self, topology: Topology) -> Topology:
         """Return the topology to run on: the given one, or its lazy form with a warning.

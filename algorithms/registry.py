@@ -22,6 +22,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "huggingface": "tasks.huggingface:HuggingFace",
         "least-squares": "tasks.least_squares:LeastSquares",
         "mnist": "tasks.mnist:MNIST",
+        "pretraining": "tasks.pretraining:Pretraining",
         "prompted": "tasks.prompted:Prompted",
         "svmlight": "tasks.svmlight:SVMLight",
         "text": "tasks.text:Text",
@@ -40,7 +41,9 @@ REGISTRY: dict[str, dict[str, str]] = {
         "momentum": "optimizers.sgd:Momentum",
         "adam": "optimizers.adam:Adam",
         "adamw": "optimizers.adam:AdamW",
+        "adam8bit": "optimizers.adam8bit:Adam8bit",
         "adam-bc": "optimizers.adam_bc:AdamBC",
+        "galore": "optimizers.galore:GaLore",
         "sign-sgd": "optimizers.sgd:SignSGD",
     },
     "algorithm": {

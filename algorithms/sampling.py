@@ -89,7 +89,7 @@ class Sampler:
                 step.
         """
         if self._is_stream:
-            return [self._fresh(step, draw) for draw in range(count)]
+            return [self._fresh(step, draw, count) for draw in range(count)]
         if self._plan.sampling == "full":
             if self._whole is None:
                 self._whole = self._fetch([self._shards[rank] for rank in self._ranks])
@@ -155,11 +155,13 @@ class Sampler:
             self._epochs[length] = (epoch, order)
         return order
 
-    def _fresh(self, step: int, draw: int) -> list[Batch]:
+    def _fresh(self, step: int, draw: int, count: int) -> list[Batch]:
         stream = cast(Stream, self._problem.train)
         size = self._plan.batch_size
+        sequential = getattr(stream, "sequential", False)
+        at = (step * count + draw, 0) if sequential else (step, draw)
         return [
-            Batch(stream.draw(self._seed, rank, step, draw, size), drawn=(step, draw))
+            Batch(stream.draw(self._seed, rank, *at, size), drawn=(step, draw))
             for rank in self._ranks
         ]
 

@@ -23,10 +23,6 @@ namespace {
 
 using gossamer::Dtype;
 
-gossamer::Rows to_rows(const RowsTuple& rows) {
-  return {std::get<0>(rows), std::get<1>(rows), std::get<2>(rows)};
-}
-
 template <typename T>
 std::span<const T> to_span(const Array<T>& array) {
   return {array.data(), array.size()};
@@ -108,6 +104,8 @@ NB_MODULE(_C, m) {
   bind_calls(m);
   bind_device(m);
   bind_random(m);
+  bind_sparse(m);
+  bind_optimizers(m);
   m.def("instruction_set", &gossamer::instruction_set, "The instruction set the kernels use here.");
   m.def(
       "built_with_cuda", [] { return gossamer::kCudaKernels; },

@@ -16,12 +16,17 @@ void bind_group(nanobind::module_& m);
 void bind_calls(nanobind::module_& m);
 void bind_device(nanobind::module_& m);
 void bind_random(nanobind::module_& m);
+void bind_sparse(nanobind::module_& m);
+void bind_optimizers(nanobind::module_& m);
 
 template <typename T>
 using Array =
     nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 // (address, rows, bytes from one row to the next)
 using RowsTuple = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
+inline gossamer::Rows to_rows(const RowsTuple& rows) {
+  return {std::get<0>(rows), std::get<1>(rows), std::get<2>(rows)};
+}
 // (peer, address, bytes)
 using BufferTuple = std::tuple<std::uint32_t, std::uintptr_t, std::size_t>;
 

@@ -96,7 +96,9 @@ class TorchOptimizer(Optimizer):
         """Return 1: the optimizer's own rates, of any group, are in the direction already."""
         return 1.0
 
-    def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+    def rule(
+        self, state: None, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin
+    ) -> Tensor:
         """Return x - x after the optimizer's step, on a copy: x may be on its way to others."""
         moved = x.clone()
         try:

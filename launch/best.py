@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +16,8 @@ from gossamer.runtime.errors import nearest
 from gossamer.runtime.loop import Record
 
 __all__ = ["BEST", "Best", "Save"]
+
+log = logging.getLogger("gossamer")
 
 BEST = "best"
 """Its folder in the run's."""
@@ -46,9 +48,11 @@ class Best:
         self.record: Record | None = None
         found = latest(self._folder) if comm.transport.process == 0 else None
         if found is not None:
-            with contextlib.suppress(ConfigError):  # a broken one is replaced by the next
+            try:
                 meta = Checkpoint.open(found).meta
                 self.record = meta["record"] if meta.get("figure") == figure else None
+            except ConfigError as error:
+                log.warning("keep_best: the best so far is forgotten: %s", error)
 
     def see(self, record: Record) -> None:
         """Save where an evaluation is the best so far; every process calls it.

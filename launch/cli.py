@@ -13,6 +13,7 @@ from gossamer import __version__
 from gossamer.launch.commands import analyze, bench, topology, zo
 from gossamer.launch.commands.algorithms import algorithms
 from gossamer.launch.commands.doctor import doctor
+from gossamer.launch.commands.export import export
 from gossamer.launch.commands.plan import plan
 from gossamer.launch.commands.report import report
 from gossamer.launch.commands.reproduce import reproduce
@@ -80,6 +81,7 @@ def schema() -> None:
 
 
 app.command()(report)
+app.command()(export)
 app.command()(algorithms)
 app.command()(plan)
 app.add_typer(topology.app, name="topology")

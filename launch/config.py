@@ -95,6 +95,8 @@ class Experiment:
         self.optimizer = (
             _component("optimizer", optimizer, Optimizer) if optimizer is not None else None
         )
+        if self.optimizer is not None:
+            self.optimizer.require_steps(config.steps)
         self.algorithm = self._algorithm()
         self.oracle()
         self.topology: Topology = self.algorithm.adapt(build_topology(config.topology, n))

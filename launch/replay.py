@@ -179,7 +179,7 @@ def _apply(
     assert optimizer is not None
     recipe = header["recipe"]
     mask = Mask(recipe["sparsity"], recipe["mask_interval"]) if recipe["sparsity"] else None
-    optimizer.know(layout)
+    optimizer.know(layout, alike=True)
     state = optimizer.init(x)
     for step, records in exported.sets():
         comm.step = step + header["delay"]

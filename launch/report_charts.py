@@ -92,7 +92,9 @@ _KNOWN = (
     Chart("Gradient norm", (Line("grad_norm"),), "|grad f| at the mean of the ranks"),
     Chart("Consensus distance", (Line("consensus"),), "sqrt(sum |x_i - mean|^2 / n)"),
 )
-_COUNTERS = re.compile("bytes_sent|messages_sent|seconds.*|rank_.*")
+_COUNTERS = re.compile(
+    r"bytes_sent|messages_sent|seconds.*|rank_.*|\w*(examples|tokens)(_per_second)?"
+)
 
 
 def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:

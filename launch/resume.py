@@ -102,6 +102,12 @@ class Resumption:
                 f"whose keys and spent epsilon {comm.n} ranks cannot go on with; resume with "
                 f"ranks: {checkpoint.meta['n']}"
             )
+        if self._elsewhere and program.problem.restarts is not None:
+            raise ConfigError(
+                f"ranks: {checkpoint.folder} is of {checkpoint.meta['n']} ranks with weights that "
+                "parameters were merged into, which the mean of the parameters lacks; resume with "
+                f"ranks: {checkpoint.meta['n']}"
+            )
         self._mean: dict[str, torch.Tensor] | None = None
         self._rows: dict[str, torch.Tensor] = {}
         if self._elsewhere:
@@ -124,9 +130,17 @@ class Resumption:
             ConfigError: the algorithm or oracle keeps another state; every process finds the same.
         """
         checkpoint, comm, program = self._checkpoint, self._comm, self._program
-        program.start(self._mean)
+        program.start(self._mean, resumed=True)
+        fixed = checkpoint.meta.get("fixed_sha256", program.fixed_sha256)
+        if fixed != program.fixed_sha256:
+            raise ConfigError(
+                f"--resume: {checkpoint.folder} was written beside other tensors that are not "
+                "trained (frozen parameters, supports of sparse matrices), for which its own were "
+                "found; use the config.yaml of its run, its seed and model included"
+            )
         comm.step = checkpoint.meta["step"]
         comm.round = checkpoint.meta.get("round", comm.step * program.rounds_per_step)
+        program.count_on(checkpoint.meta.get("totals", {}))
         leader = comm.transport.process == 0
         if not self._elsewhere:
             require_same_state(checkpoint, self._rows, program)
@@ -143,6 +157,14 @@ class Resumption:
                     "what else the algorithm kept starts afresh",
                     file=sys.stderr,
                 )
+                if getattr(program.problem.train, "sequential", False):
+                    # Step t is found by its number, and takes more or fewer texts than it did.
+                    does = "skips" if comm.n > checkpoint.meta["n"] else "repeats"
+                    print(
+                        f"gossamer: the stream {does} texts, for it is read as if all steps so far "
+                        f"had been of {comm.n} ranks",
+                        file=sys.stderr,
+                    )
             return
         if leader:  # the totals so far are process 0's; sums stay right
             traffic = checkpoint.meta.get("traffic", {})

@@ -36,6 +36,7 @@ from gossamer.runtime import Communicator, native
 from gossamer.runtime.checkpoint import Checkpoint, save
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.loop import LoopOptions, Terminated, run_loop, terminations, traffic_totals
+from gossamer.runtime.peak_memory import peak_memory_mib
 from gossamer.runtime.transports import TRANSPORTS, Transport, open_transport
 from gossamer.runtime.transports.select import process_index, transport_name, world_size
 from gossamer.topologies import TopologyError
@@ -260,7 +261,9 @@ def _train(
             **facts,
             "round": comm.round,
             "signature": program.signature(),
+            "fixed_sha256": program.fixed_sha256,
             "traffic": traffic_totals(comm),
+            "totals": program.totals(),
             "topology": experiment.topology.digest(),
             "configuration": experiment.resolved(),
         }
@@ -314,10 +317,12 @@ def _summary(
         **last,
         "steps": comm.step,
         "ranks": comm.n,
+        "peak_memory_mib": peak_memory_mib(comm),
         "transport": comm.transport.name,
         "processes": comm.transport.processes,
         "parameters": program.layout.size,
         "parameters_sha256": program.parameters_sha256(),
+        **({"fixed_sha256": program.fixed_sha256} if program.fixed_sha256 else {}),
         "algorithm": experiment.algorithm.name,
         **(program.oracle.statement() if comm.transport.process == 0 else {}),  # takes seconds
         "topology": {"name": topology.name, "kind": topology.kind, "period": topology.period},

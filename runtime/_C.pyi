@@ -122,6 +122,16 @@ def subtract_random_cuda(pieces: Sequence[tuple[int, int, int, int]], dtype: int
 
 def release_sum_cuda(pieces: Sequence[tuple[int, int, int, int]], dtype: int, sum: int, noise: Sequence[tuple[tuple[int, tuple[int, int, int], tuple[int, int, int] | None], float]], factor: float, weight: float, kept: Sequence[tuple[int, float]], out: int, raw: int, x: int, scale: float, stream: int) -> None: ...
 
+def add_sparse_product(support: tuple[int, int, int, int], values: int, x: tuple[int, int, int], y: tuple[int, int, int], dtype: int, num_threads: int) -> None: ...
+
+def add_sparse_product_back(support: tuple[int, int, int, int], values: int, g: tuple[int, int, int], y: tuple[int, int, int], dtype: int, num_threads: int) -> None: ...
+
+def sampled_product(support: tuple[int, int, int, int], g: tuple[int, int, int], x: tuple[int, int, int], out: int, dtype: int, num_threads: int) -> None: ...
+
+CODED_BLOCK: int = 256
+
+def coded_adam(grad: int, direction: int, count: int, dtype: int, first: tuple[int, int, int, int, int], second: tuple[int, int, int, int, int], factors: Sequence[float], num_threads: int) -> None: ...
+
 def instruction_set() -> str:
     """The instruction set the kernels use here."""
 

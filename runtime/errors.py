@@ -37,13 +37,16 @@ class RoundMismatch(CommError):
 
 
 class RanksDiffer(CommError):
-    """Ranks that an algorithm keeps equal to the bit are not; raised on every process."""
+    """Ranks hold different tensors where all must hold the same; raised on every process."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` or ``; known: a, b, c`` for an unknown ``name``."""
+    """Return ``; did you mean 'x'?`` or ``; known: a, b, c`` for an unknown ``name``.
+
+    Nothing where nothing is known.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=2)
     if close:
         return "; did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
-    return "; known: " + ", ".join(known)
+    return "; known: " + ", ".join(known) if known else ""

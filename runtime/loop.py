@@ -55,6 +55,10 @@ class Program(Protocol):
         """Return figures of the whole run at this step, the same on every process."""
         ...
 
+    def totals(self) -> Mapping[str, int]:
+        """Return counts over all ranks since step 0, by name; every process calls it."""
+        ...
+
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Scalar]]:
         """Return rows (local, ...) and numbers: all that a resume needs."""
         ...
@@ -128,7 +132,7 @@ def run_loop(
     Raises:
         Terminated: ``stop`` was set on some process; the state was saved first.
     """
-    clock = _Clock(comm)
+    clock = _Clock(comm, program)
     poll = _StopPoll(comm, stop)
     saved_at = comm.step
     if comm.step == 0:
@@ -162,9 +166,14 @@ def run_loop(
 
 
 class _Clock:
-    """Seconds and bytes since the start, evaluation and checkpoints left out."""
+    """Seconds and bytes since the start, evaluation and checkpoints left out.
 
-    def __init__(self, comm: Communicator) -> None:
+    Also what the program counts, and by how much that has grown per such second since the start,
+    or since the run was resumed.
+    """
+
+    def __init__(self, comm: Communicator, program: Program) -> None:
+        self._program, self._before = program, program.totals()
         self._comm, self._begin, self._out = comm, time.perf_counter(), 0.0
         self._lanes_out = dict.fromkeys(comm.traffic.seconds, 0.0)
 
@@ -181,8 +190,12 @@ class _Clock:
         seconds = time.perf_counter() - self._begin - self._out
         lanes = {k: v - self._lanes_out[k] for k, v in traffic.seconds.items()}
         communicate = lanes["communicate"] + lanes["wait"]
+        totals = self._program.totals()
+        rates = {f"{k}_per_second": (v - self._before[k]) / seconds for k, v in totals.items()}
         return {
             **traffic_totals(self._comm),
+            **totals,
+            **rates,
             "seconds": seconds,
             "seconds_compute": max(0.0, seconds - communicate),
             "seconds_communicate": communicate,

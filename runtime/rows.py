@@ -8,6 +8,7 @@ here, so that the bits of a row do not depend on how many rows stand together.
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,9 @@ __all__ = [
 
 Coefficient = float | Tensor
 
+_MAPPED_BYTES = 32 << 20
+"""Above this glibc's malloc maps fresh pages each time, too; below, it has some to use again."""
+
 
 def aligned(count: int, dtype: torch.dtype) -> int:
     """Return ``count`` elements rounded up to a multiple of 64 bytes."""
@@ -40,7 +44,13 @@ def aligned(count: int, dtype: torch.dtype) -> int:
 
 def empty_rows(local: int, d: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Return zeros (local, d) whose rows each start at a multiple of 64 bytes."""
-    return torch.zeros(local, aligned(d, dtype), dtype=dtype, device=device)[:, :d]
+    stride = aligned(d, dtype)
+    size = local * stride * dtype.itemsize
+    if size > _MAPPED_BYTES and torch.device(device).type == "cpu":
+        # torch.zeros writes them: a module that moves into a row would be there twice.
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(local, stride)[:, :d]
+    return torch.zeros(local, stride, dtype=dtype, device=device)[:, :d]
 
 
 def combine(terms: Sequence[tuple[Coefficient, Tensor]], out: Tensor | None = None) -> Tensor:

@@ -70,6 +70,11 @@ class Choco(Algorithm):
     optimizer: Optimizer = Field(exclude=True)
     """The local update; any optimizer."""
 
+    @property
+    def defers(self) -> bool:
+        """Yes."""
+        return True
+
     def adapt(self, topology: Topology) -> Topology:
         """Ask for a fixed, doubly stochastic W."""
         return require_static(self.name, require_doubly_stochastic(self.name, topology))

@@ -13,6 +13,7 @@ from gossamer.algorithms.decentralized.fixed_rule import FixedRule
 from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
 from gossamer.algorithms.protocols import Oracle
+from gossamer.algorithms.schedules import inverse_rate
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["DecentLaM"]
@@ -54,6 +55,6 @@ class DecentLaM(FixedRule):
         estimate, g = self.estimate(comm, oracle, x, batches[0])
         moved = combine([(1.0, x), (-lr, g)])
         comm.neighbor_average(moved, out=moved)
-        combine([(self.beta, m), (1.0 / lr, x - moved)], out=m)
+        combine([(self.beta, m), (inverse_rate(lr), x - moved)], out=m)
         combine([(1.0, x), (-lr, m)], out=x)
         return {"loss": estimate.loss, **estimate.metrics}

@@ -61,6 +61,11 @@ class DeepSqueeze(Algorithm):
     optimizer: Optimizer = Field(exclude=True)
     """The local update; any optimizer."""
 
+    @property
+    def defers(self) -> bool:
+        """Yes."""
+        return True
+
     def init(
         self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches
     ) -> DeepSqueezeState:

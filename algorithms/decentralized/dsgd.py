@@ -56,6 +56,11 @@ class DSGD(Algorithm):
             )
         return self
 
+    @property
+    def defers(self) -> bool:
+        """With ``atc``."""
+        return self.order == "atc"
+
     def init(self, comm: Communicator, oracle: Oracle, x: Tensor, batches: Batches) -> DSGDState:
         """Start at x, the optimizer at rest."""
         return DSGDState(x=x, optimizer=self.optimizer.init(x))
@@ -72,7 +77,9 @@ class DSGD(Algorithm):
         else:
             mixing = comm.neighbor_average_async(x)
             estimate = oracle(x, batches[0])  # while x travels
-            direction = self.optimizer.direction(state.optimizer, x, estimate.grad, estimate.origin)
+            direction = self.optimizer.direction(
+                state.optimizer, x, estimate.grad, comm, estimate.origin
+            )
             if self.mix_momentum:
                 comm.neighbor_average(direction, out=direction)  # it is the momentum's own row
             combine([(1.0, mixing.wait()), (-self.optimizer.rate(comm), direction)], out=x)

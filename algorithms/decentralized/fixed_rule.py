@@ -40,4 +40,4 @@ class FixedRule(Algorithm):
     ) -> tuple[Estimate, Tensor]:
         """Return the oracle's estimate at x, and its gradient g with weight decay, (local, d)."""
         found = oracle(x, batch)
-        return found, self.optimizer.direction(None, x, found.grad, found.origin)
+        return found, self.optimizer.direction(None, x, found.grad, comm, found.origin)

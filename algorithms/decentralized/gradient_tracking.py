@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.estimates import PLAIN, Metrics
+from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
 from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
 from gossamer.runtime import Communicator, Work, combine
@@ -97,7 +97,7 @@ class GradientTracking(Algorithm):
                 work.wait()
             wx, wy = mixed[:, : x.shape[1]], mixed[:, x.shape[1] :]
             combine([(1.0, wy), (1.0, estimate.grad), (-1.0, g_old)], out=y)
-            direction = self.optimizer.direction(state.optimizer, x, y, PLAIN)
+            direction = self.optimizer.direction(state.optimizer, x, y, comm)
             combine([(1.0, wx), (-self.optimizer.rate(comm), direction)], out=x)
         g_old.copy_(estimate.grad)
         state.k += 1

@@ -47,6 +47,8 @@ class GTHSGD(FixedRule):
     always. W must be doubly stochastic. Two exchanges of d elements, two gradients a step. beta 1
     is gradient tracking, adapt then combine, with fresh samples (and one more average of y at the
     start). The paper takes the first v from a larger batch: ``initial_batches``.
+
+    The optimizer's ``max_norm`` bounds v, decay included.
     """
 
     sends: ClassVar[str] = "its parameters and its tracked gradient"
@@ -75,7 +77,7 @@ class GTHSGD(FixedRule):
         grad = estimate.grad
         for c, point in points:
             grad = self.optimizer.decayed(point, grad, scale=c)
-        v_new = combine([(1.0, grad), (1.0 - beta, v)])
+        v_new = self.optimizer.clipped(combine([(1.0, grad), (1.0 - beta, v)]))
 
         combine([(1.0, y), (1.0, v_new), (-1.0, v)], out=y)
         v.copy_(v_new)

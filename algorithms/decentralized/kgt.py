@@ -13,6 +13,7 @@ from gossamer.algorithms.decentralized.fixed_rule import FixedRule
 from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.problems import Batches
 from gossamer.algorithms.protocols import Oracle
+from gossamer.algorithms.schedules import inverse_rate
 from gossamer.runtime import Communicator, combine
 
 __all__ = ["KGT"]
@@ -83,7 +84,7 @@ class KGT(FixedRule):
             combine([(1.0, y), (-lr, g), (-lr, c)], out=y)
             estimates.append(estimate)
         move = x - y
-        combine([(1.0 / (self.local_steps * lr), move)], out=D)
+        combine([(inverse_rate(self.local_steps * lr), move)], out=D)
         combine([(1.0, c), (-1.0, D)], out=c)
         combine([(1.0, x), (-self.outer_lr, move)], out=x)
         comm.neighbor_average(state.row, out=state.row)

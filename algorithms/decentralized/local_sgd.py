@@ -78,7 +78,7 @@ def take_local_steps(
     rate, losses = optimizer.rate(comm), []
     for batch in batches:
         estimate = oracle(x, batch)
-        direction = optimizer.direction(state, x, estimate.grad, estimate.origin)
+        direction = optimizer.direction(state, x, estimate.grad, comm, estimate.origin)
         combine([(1.0, x), (-rate, direction)], out=x)
         losses.append(estimate.loss)
     return {"loss": sum(losses[1:], losses[0]) / len(losses), **estimate.metrics}

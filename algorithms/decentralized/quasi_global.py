@@ -14,6 +14,7 @@ from gossamer.algorithms.estimates import Metrics
 from gossamer.algorithms.optimizers.adam import adam_direction
 from gossamer.algorithms.problems import Batches
 from gossamer.algorithms.protocols import Oracle
+from gossamer.algorithms.schedules import inverse_rate
 from gossamer.runtime import Communicator, combine, row_norm
 
 __all__ = ["QGAdam", "QGDSGDm"]
@@ -58,7 +59,7 @@ class QGDSGDm(FixedRule):
             m = combine([(1.0, g), (self.beta, m)])
         moved = combine([(1.0, x), (-lr, m)])
         comm.neighbor_average(moved, out=moved)
-        combine([(self.mu, h), ((1.0 - self.mu) / lr, x - moved)], out=h)
+        combine([(self.mu, h), ((1.0 - self.mu) * inverse_rate(lr), x - moved)], out=h)
         x.copy_(moved)
         return {"loss": estimate.loss, **estimate.metrics}
 

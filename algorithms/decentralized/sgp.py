@@ -82,7 +82,9 @@ class SGP(Algorithm):
         x, w = row[:, :-1], row[:, -1:]
         arriving = None if state.sent is None else comm.neighbor_average_async(state.sent)
         estimate = oracle(z, batches[0])  # meanwhile the last step's row travels
-        direction = self.optimizer.direction(state.optimizer, z, estimate.grad, estimate.origin)
+        direction = self.optimizer.direction(
+            state.optimizer, z, estimate.grad, comm, estimate.origin
+        )
         combine([(1.0, x), (-self.optimizer.rate(comm), direction)], out=x)
         if arriving is None or state.sent is None:
             comm.neighbor_average(row, out=row)

@@ -93,6 +93,8 @@ class SlowMo(Algorithm):
 
     def _slow_step(self, comm: Communicator, state: SlowMoState) -> None:
         x_outer, u, lr = state.x_outer, state.u, self.optimizer.rate(comm)
+        if lr == 0:  # of a warm-up's first step: how far a move of no length goes is not known
+            return
         a = comm.all_reduce(state.x, "mean").expand_as(x_outer)
         moved = combine([(1.0, x_outer), (-1.0, a)])
         combine([(self.beta, u), (1.0 / lr, moved)], out=u)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gossamer.algorithms.estimates import Origin
 from gossamer.algorithms.optimizers.decay import Decaying
+from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import combine
 
@@ -74,7 +75,9 @@ class Adam(_Moments):
 
     name: Literal["adam"] = "adam"
 
-    def direction(self, state: AdamState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+    def rule(
+        self, state: AdamState, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin
+    ) -> Tensor:
         """Move the moments and return their ratio."""
         return self._ratio(state, self.decayed(x, grad), origin)
 
@@ -89,7 +92,9 @@ class AdamW(_Moments):
     weight_decay: float = Field(default=0.01, ge=0)
     """Decay of the parameters, times the learning rate; the moments do not see it."""
 
-    def direction(self, state: AdamState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+    def rule(
+        self, state: AdamState, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin
+    ) -> Tensor:
         """Move the moments and return their ratio plus the decay."""
         ratio = self._ratio(state, grad, origin)
         return self.decayed(x, ratio, out=ratio)

@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.estimates import Origin
+from gossamer.algorithms.estimates import PLAIN, Origin
 from gossamer.algorithms.optimizers.decay import Decaying
+from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import combine
 
@@ -66,7 +67,23 @@ class AdamBC(Decaying):
         noise = torch.zeros(len(x), 1, dtype=torch.float64)
         return AdamBCState(m=torch.zeros_like(x), v=torch.zeros_like(x), noise=noise)
 
-    def direction(self, state: AdamBCState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+    def require_parts(self, origin: Origin = PLAIN) -> None:
+        """Refuse those whose noise is not known, as it is of what dp releases.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if origin.noise_var is not None:
+            return
+        raise ConfigError(
+            "optimizer.name: adam-bc subtracts the known variance of the gradients' noise, and "
+            "gradients in parts (of random directions, or layer by layer) come without; put dp "
+            "into oracle: backprop and leave algorithm.per_layer out, or use adam"
+        )
+
+    def rule(
+        self, state: AdamBCState, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin
+    ) -> Tensor:
         """Move the moments and return their corrected ratio, plus the decay.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from gossamer.algorithms.protocols import Optimizer
+from gossamer.algorithms.optimizers.base import Optimizer
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import RowLayout, combine
 
@@ -23,7 +23,7 @@ class Decaying(Optimizer):
 
     _spans: list[tuple[int, int]] | None = PrivateAttr(default=None)
 
-    def know(self, layout: RowLayout) -> None:
+    def know(self, layout: RowLayout, alike: bool = False) -> None:
         """Find the parameters that decay.
 
         Raises:
@@ -31,13 +31,14 @@ class Decaying(Optimizer):
         """
         if not self.decay_except:
             return
-        spared = [s for s in layout.slices if any(part in s.name for part in self.decay_except)]
+        names = (s.name for s in layout.slices)
+        spared = {name for name in names if any(part in name for part in self.decay_except)}
         if not spared:
             raise ConfigError(
                 f"optimizer.decay_except: no parameter has {' or '.join(self.decay_except)} in its "
                 f"name; they are called {', '.join(s.name for s in layout.slices[:3])}, ..."
             )
-        self._spans = [(s.begin, s.end) for s in layout.slices if s not in spared]
+        self._spans = [(s.begin, s.end) for s in layout.slices if s.name not in spared]
 
     def decayed(
         self, x: Tensor, grad: Tensor, scale: float = 1.0, out: Tensor | None = None

@@ -25,7 +25,9 @@ class SGD(Decaying):
     def init(self, x: Tensor) -> None:
         """Keep no state."""
 
-    def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+    def rule(
+        self, state: None, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin
+    ) -> Tensor:
         """Return the gradient, decayed."""
         return self.decayed(x, grad)
 
@@ -37,8 +39,8 @@ class SGD(Decaying):
         comm: Communicator,
         origin: Origin = PLAIN,
     ) -> Tensor:
-        """``update_``; Directions are added to x as they are made, unless x decays."""
-        if isinstance(grad, Tensor) or self.weight_decay:
+        """``update_``; Directions are added to x as they are made, unless there is more to do."""
+        if isinstance(grad, Tensor) or self.weight_decay or self.needs_whole:
             return super().apply_(state, x, grad, comm, origin)
         return grad.add_to_(x, -self.rate(comm))
 
@@ -63,7 +65,9 @@ class Momentum(Decaying):
         """Start at rest."""
         return MomentumState(m=torch.zeros_like(x))
 
-    def direction(self, state: MomentumState, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+    def rule(
+        self, state: MomentumState, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin
+    ) -> Tensor:
         """Move the momentum and return it."""
         if origin.restart:
             state.m.zero_()
@@ -82,6 +86,8 @@ class SignSGD(Decaying):
     def init(self, x: Tensor) -> None:
         """Keep no state."""
 
-    def direction(self, state: None, x: Tensor, grad: Tensor, origin: Origin) -> Tensor:
+    def rule(
+        self, state: None, x: Tensor, grad: Tensor, comm: Communicator, origin: Origin
+    ) -> Tensor:
         """Return the signs, decayed."""
         return self.decayed(x, grad.sign())

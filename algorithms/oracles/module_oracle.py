@@ -32,17 +32,18 @@ class ModuleOracle(Oracle):
     autocast: Literal["none", "bfloat16"] = "none"
     """Compute the forward pass in bfloat16 where torch deems it safe; rows stay as they are."""
     objective: Literal["auto", "ranks", "examples"] = "auto"
-    """f is the mean of f_i over ranks, or over examples (unequal shards count by their size);
-    auto: the task's and algorithm's own choice."""
+    """f is the mean of f_i over ranks, or over examples (unequal shards count by their size); auto:
+    the task's and algorithm's own choice. Over examples, where a task's batches of one size differ
+    in tokens, ranks are weighed by those of each batch: a number that all exchange per gradient."""
 
     _comm: Communicator = PrivateAttr()
     _problem: Problem = PrivateAttr()
     _layout: RowLayout = PrivateAttr()
     _buffers: BufferRows = PrivateAttr()
     _weighting: Literal["ranks", "examples"] = PrivateAttr(default="ranks")
-    _factors: Tensor | None = PrivateAttr(default=None)
+    _shares: Tensor | None = PrivateAttr(default=None)
     """n N_i / N per hosted rank, (local, 1) float64, where f is a mean over examples of unequal
-    shards: makes the mean over ranks of their gradients that of f."""
+    shards: makes the mean over ranks of their gradients that of f. None: all are 1."""
     _calls: tuple[int, int] = PrivateAttr(default=(-1, 0))
 
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
@@ -52,7 +53,7 @@ class ModuleOracle(Oracle):
         self._layout = RowLayout(problem.module)
         self._buffers = BufferRows(problem.module, comm.local)
         self._weighting = problem.objective if self.objective == "auto" else self.objective
-        self._factors = _factors(problem, comm) if self._weighting == "examples" else None
+        self._shares = _shares(problem, comm) if self._weighting == "examples" else None
         if self.sampling == "full" and not problem.shards:
             raise ConfigError("oracle.sampling: a streaming task has no full batch; use 'shuffle'")
         return DataPlan(batch_size=self.batch_size, sampling=self.sampling)
@@ -69,8 +70,9 @@ class ModuleOracle(Oracle):
 
     @property
     def examples_at_once(self) -> int | None:
-        """The micro-batch's size, where one is given."""
-        return self.micro_batch_size
+        """The micro-batch's size; of texts, whose logits take much memory, the batch's."""
+        of_tokens = self._problem.weigh is not Problem.weigh
+        return self.micro_batch_size or (self.batch_size if of_tokens else None)
 
     @property
     def buffers(self) -> BufferRows:
@@ -115,15 +117,25 @@ class ModuleOracle(Oracle):
         return self._problem.module
 
     def _bound_loss(self, inputs: tuple[Tensor, ...]) -> float:
-        """Return the loss of the module as it is bound, without a graph; 0 without examples."""
-        chunks = chunks_of(inputs, self.micro_batch_size) if len(inputs[0]) else []
-        total, losses = self._problem.weigh(inputs) if len(chunks) > 1 else 1.0, 0.0
-        for chunk in chunks:
+        """Return the loss of the module as it is bound, without a graph; 0 without a weight."""
+        losses = 0.0
+        for chunk, share in self._weighed_chunks(inputs):
             with torch.no_grad(), self._cast():
                 loss = self._problem.loss(self._problem.module, chunk)
-            share = self._problem.weigh(chunk) / total if len(chunks) > 1 else 1.0
             losses += loss.double().item() * share
         return losses
+
+    def _weighed_chunks(self, inputs: tuple[Tensor, ...]) -> list[tuple[tuple[Tensor, ...], float]]:
+        """Return the micro-batches with their shares in the loss; none that has no weight."""
+        if len(inputs[0]) == 0:
+            return []  # an empty Poisson draw
+        chunks = chunks_of(inputs, self.micro_batch_size)
+        if len(chunks) == 1 and not self._problem.uneven:
+            return [(inputs, 1.0)]
+        weights = [self._problem.weigh(chunk) for chunk in chunks]
+        total = self._problem.weigh(inputs)
+        # The mean loss over no token is nan, which a share of 0 would not undo.
+        return [(c, w / total) for c, w in zip(chunks, weights, strict=True) if w > 0]
 
     def _cast(self) -> torch.autocast:
         enabled = self.autocast == "bfloat16"
@@ -131,6 +143,31 @@ class ModuleOracle(Oracle):
 
     def _weights(self, batch: RankBatches) -> Tensor:
         return torch.tensor([self._problem.weigh(b.inputs) for b in batch], dtype=torch.float64)
+
+    def _factors(self, batch: RankBatches, weight: Tensor) -> Tensor | None:
+        """Return what makes the mean over ranks of their gradients that of f; None: all are 1.
+
+        Where batches are uneven, w_i tokens on rank i: n w_i / sum_j w_j, or with unequal shards
+        n c_i w_i / sum_j c_j w_j with c_i = N_i / (examples in i's batch), for which each example
+        stands. All are 0 where nobody has a token. One all-reduce of a number per rank, so that
+        every process calls it alike, before any gradient of this call.
+
+        Args:
+            batch: the hosted ranks'.
+            weight: (local,) float64, theirs.
+
+        Returns:
+            (local, 1) float64.
+        """
+        comm = self._comm
+        if self._weighting == "ranks" or not self._problem.uneven or comm.n == 1:
+            return self._shares
+        weighed = weight[:, None].clone()
+        if self._shares is not None:
+            sizes = torch.tensor([[max(1, len(b))] for b in batch], dtype=torch.float64)
+            weighed *= self._shares / sizes
+        mean = comm.all_reduce(weighed.to(comm.device), "mean").cpu()
+        return torch.where(mean > 0, weighed / mean, 0.0)
 
 
 def chunks_of(inputs: tuple[Tensor, ...], size: int | None) -> list[tuple[Tensor, ...]]:
@@ -140,11 +177,10 @@ def chunks_of(inputs: tuple[Tensor, ...], size: int | None) -> list[tuple[Tensor
     return list(zip(*(tensor.split(size) for tensor in inputs), strict=True))
 
 
-def _factors(problem: Problem, comm: Communicator) -> Tensor | None:
+def _shares(problem: Problem, comm: Communicator) -> Tensor | None:
     """Return n N_i / N per hosted rank, (local, 1); None where all are 1.
 
-    Every process knows all shards, so nothing is sent. Examples count alike: tasks of tokens cut
-    them to one length.
+    Every process knows all shards, so nothing is sent.
     """
     sizes = [len(shard) for shard in problem.shards]
     if len(set(sizes)) <= 1:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gossamer.algorithms.low_rank.layer import SparseLowRankLinear
 from gossamer.algorithms.oracles.per_sample_terms import Dense, Lookup, Outer, Term, lengths_of
-from gossamer.runtime.native import normal_sums, position_sums, takes_positions
+from gossamer.runtime.native import (
+    normal_sums,
+    position_sums,
+    sampled_product,
+    takes_positions,
+)
 
 __all__ = ["Terms", "terms_of"]
 
@@ -21,11 +28,15 @@ def terms_of(layer: nn.Module) -> Terms | None:
     """Return how to find the terms of a layer; None where only autograd knows."""
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # transformers': (in, out)
         return _transposed_linear
+    if hasattr(layer, "variance_epsilon"):  # transformers' RMSNorm, of LLaMA and many others
+        return _rms_norm_of_transformers
     if type(layer) is nn.Embedding and (layer.max_norm or layer.scale_grad_by_freq or layer.sparse):
         return None
     if isinstance(layer, nn.Conv1d | nn.Conv2d) and (
         layer.padding_mode != "zeros" or isinstance(layer.padding, str) or layer.transposed
     ):
+        return None
+    if isinstance(layer, SparseLowRankLinear) and layer.gain is not None:
         return None
     return _LAYERS.get(type(layer))
 
@@ -38,6 +49,21 @@ def _linear(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
 def _transposed_linear(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     a, e = _positions(a), _positions(e)
     return {"weight": Outer(e, a), "bias": _added(e)}
+
+
+def _sparse_low_rank(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    assert isinstance(layer, SparseLowRankLinear)
+    a, e = _positions(a), _positions(e)
+    terms: dict[str, Term] = {"bias": _added(e)}
+    if layer.A is not None and layer.B is not None:
+        terms["A"] = Outer(a, (e @ layer.B) * layer.scale)
+        terms["B"] = Outer((a @ layer.A.t()) * layer.scale, e)
+    if layer.v is not None:
+        pairs = zip(e.contiguous(), a.contiguous(), strict=True)
+        values = torch.stack([sampled_product(layer.support, *pair) for pair in pairs])
+        mass = (lengths_of(a) * lengths_of(e)).sum(1)
+        terms["v"] = _rounded(values, mass, e)
+    return terms
 
 
 def _embedding(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
@@ -77,6 +103,11 @@ def _rms_norm(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
     assert isinstance(layer, nn.RMSNorm)
     eps = torch.finfo(a.dtype).eps if layer.eps is None else layer.eps
     return _norm(a, e, layer.normalized_shape, eps, centred=False)
+
+
+def _rms_norm_of_transformers(layer: nn.Module, a: Tensor, e: Tensor) -> dict[str, Term]:
+    eps: Any = layer.variance_epsilon
+    return _norm(a, e, a.shape[-1:], eps, centred=False)
 
 
 def _norm(
@@ -124,4 +155,5 @@ _LAYERS: dict[type[nn.Module], Terms] = {
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: _rms_norm,
     nn.GroupNorm: _group_norm,
+    SparseLowRankLinear: _sparse_low_rank,
 }

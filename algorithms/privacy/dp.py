@@ -40,7 +40,8 @@ class DP(DPOptions):
 
     With a batch drawn by independent coins of probability q, expected size B, and noise multiplier
     sigma, the estimate is ``(sum_i clip(g_i) + sigma C z) / B``: B is a constant, so an empty batch
-    still gets noise and counts. Neighbours differ by one example more or less.
+    still gets noise and counts. Neighbours differ by one example more or less. Documents count
+    alike, however many tokens each has; one of none adds nothing.
 
     On several ranks the noise is that of the sum over all of them, where the algorithm uses
     nothing but the mean gradient (``all-reduce``); where ranks exchange anything else, each
@@ -181,6 +182,11 @@ class DP(DPOptions):
         return "ranks" if self._mode in _OWN else "examples"
 
     @property
+    def keeps_whole(self) -> str:
+        """Why it takes no sink: an example's bound is known when all of its gradient is."""
+        return "dp bounds whole gradients of single examples"
+
+    @property
     def training_figures(self) -> TrainingFigures:
         """Hidden, or marked: epsilon does not cover them."""
         return "marked" if self.show_nonprivate else "hidden"
@@ -195,9 +201,7 @@ class DP(DPOptions):
     ) -> Estimate:
         """Release one noisy sum over each rank's batch, over its expected size."""
         if sink is not None:
-            raise ConfigError(
-                "oracle: dp needs whole gradients to bound them; no per-layer updates"
-            )
+            raise ConfigError(f"oracle: {self.keeps_whole}; no per-layer updates")
         return self.deferred(x, batch, combine=combine).dense()
 
     def deferred(

@@ -134,11 +134,16 @@ class GradientFilter(OracleWrapper):
                 variance 1 went through.
         """
 
+    @property
+    def keeps_whole(self) -> str:
+        """Why it takes no sink: it adds former rows up."""
+        return f"{self.name} keeps whole rows of former gradients"
+
     def _refuse(self, sink: Sink | None) -> None:
         if sink is not None:
             raise ConfigError(
-                f"oracle: {self.name} keeps whole rows and cannot hand a gradient out in slices; "
-                f"take {self.name} out, or use an optimizer that takes whole rows"
+                f"oracle: {self.keeps_whole} and cannot hand one out in slices; take {self.name} "
+                "out, or use an optimizer that takes whole rows"
             )
 
     def __call__(

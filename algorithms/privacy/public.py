@@ -140,6 +140,11 @@ class PublicData(OracleWrapper):
         """Split the examples, and set the inner oracles up for the private ones."""
         if not problem.shards:
             raise ConfigError("oracle: public needs a finite dataset, the task is a stream")
+        if problem.uneven:
+            raise ConfigError(
+                "oracle: public weighs shards by their examples, but those of this task differ in "
+                "tokens; use examples of one length, or dp without public"
+            )
         self._comm, self._problem = comm, problem
         self._split = split = split_public(
             problem.shards, comm.seed.value, self.fraction, self.indices, self.held_out
@@ -217,7 +222,7 @@ class PublicData(OracleWrapper):
     ) -> Estimate:
         """Return the public gradient, the private one, or both mixed; its row is reused."""
         if sink is not None:
-            raise ConfigError("oracle: public, as dp, gives whole gradients; no per-layer updates")
+            raise ConfigError(f"oracle: {self.keeps_whole}; no per-layer updates")
         step, calls = self._call
         self._call = (self._comm.step, calls + 1 if step == self._comm.step else 0)
         weight, is_new = self._weight(x)

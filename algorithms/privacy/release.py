@@ -55,6 +55,11 @@ class Release:
         assert not self.kept, "one filter at most"
         return replace(self, weight=weight, kept=kept, out=out, raw=raw)
 
+    @property
+    def has_room(self) -> bool:
+        """Yes: ``out`` is there."""
+        return True
+
     def mean(self, comm: Communicator) -> Tensor | Directions:
         """Return the mean of the rows over ranks, (1, d); one rank's own is not written yet."""
         return self if comm.n == 1 else comm.all_reduce(self.dense(), "mean")

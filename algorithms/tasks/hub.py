@@ -9,17 +9,26 @@ import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from gossamer.algorithms.tasks.files import find_data
+from gossamer.algorithms.tasks.files import find_data, suffix_of
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.runtime.errors import ConfigError
 
-__all__ = ["load_model", "load_package", "load_splits", "load_tokenizer"]
+__all__ = [
+    "Logits",
+    "explained",
+    "load_model",
+    "load_package",
+    "load_splits",
+    "load_tokenizer",
+    "require_length",
+]
 
 _READERS: dict[str, tuple[str, dict[str, str]]] = {
     ".json": ("json", {}),
@@ -32,7 +41,9 @@ _READERS: dict[str, tuple[str, dict[str, str]]] = {
 _TABLES = {".csv", ".tsv"}
 
 
-def load_splits(dataset: str, subset: str | None, header: Sequence[str] = ()) -> dict[str, Any]:
+def load_splits(
+    dataset: str, subset: str | None, header: Sequence[str] = (), *, streaming: bool = False
+) -> dict[str, Any]:
     """Return the splits of a dataset by name; a single file is the split ``train``.
 
     Args:
@@ -40,16 +51,18 @@ def load_splits(dataset: str, subset: str | None, header: Sequence[str] = ()) ->
         subset: which configuration of the dataset, where it has several.
         header: the columns of tables (.csv, .tsv) whose first line is a row already; each table of
             a folder is then the split of its name.
+        streaming: read rows as they are asked for (``IterableDataset``), nothing before.
 
     Raises:
-        ConfigError: it cannot be found or read, or ``header`` goes with no table.
+        ConfigError: it cannot be found or read, ``header`` goes with no table, or ``streaming``
+            with what `save_to_disk` wrote.
     """
     datasets = load_package("datasets")
     path = find_data(dataset)
-    with _explained("task.dataset", dataset):
+    with explained("task.dataset", dataset):
         if path is not None and (path.is_file() or header):
             files = {"train": path} if path.is_file() else _tables_of(path)
-            suffixes = {_suffix(file) for file in files.values()}
+            suffixes = {suffix_of(file) for file in files.values()}
             for suffix in suffixes - set(_READERS):
                 raise ValueError(
                     f"files must end in {', '.join(_READERS)}, or these with .gz, not in '{suffix}'"
@@ -62,16 +75,23 @@ def load_splits(dataset: str, subset: str | None, header: Sequence[str] = ()) ->
             reader, options = _READERS[suffixes.pop()]
             names = {"column_names": list(header)} if header else {}
             places = {split: str(file) for split, file in files.items()}
-            found = datasets.load_dataset(reader, data_files=places, **options, **names)
+            found = datasets.load_dataset(
+                reader, data_files=places, streaming=streaming, **options, **names
+            )
         elif header:
             raise ConfigError(f"task.header: '{dataset}' is no local file or folder; leave it out")
         elif path is not None and any(
             (path / name).exists() for name in ("dataset_dict.json", "state.json")
         ):
+            if streaming:
+                raise ConfigError(
+                    f"task.streaming: '{dataset}' was written by save_to_disk, which is read from "
+                    "disk as it is; leave it out"
+                )
             found = datasets.load_from_disk(str(path))
         else:
-            found = datasets.load_dataset(str(path or dataset), subset)
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+            found = datasets.load_dataset(str(path or dataset), subset, streaming=streaming)
+    return dict(found) if isinstance(found, dict) else {"train": found}
 
 
 def load_tokenizer(name: str, field: str) -> Any:
@@ -82,7 +102,7 @@ def load_tokenizer(name: str, field: str) -> Any:
     """
     transformers = load_package("transformers")
     path = find_data(name)
-    with _explained(field, name):
+    with explained(field, name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path or name))
     if tokenizer.pad_token is None:  # GPT-2: padding is masked, so that any token will do
         tokenizer.pad_token = tokenizer.eos_token
@@ -113,17 +133,45 @@ def load_model(
     """
     transformers = load_package("transformers")
     place = str(find_data(name) or name)
-    with _explained("task.model", name), seeded(seed):
+    with explained("task.model", name), seeded(seed):
         settings = transformers.AutoConfig.from_pretrained(place, **config)
         make = getattr(transformers, auto)
         if pretrained:
             # safetensors alone: the other format is pickle, which runs code.
-            model = make.from_pretrained(place, config=settings, use_safetensors=True)
+            model = make.from_pretrained(place, config=settings, dtype=dtype, use_safetensors=True)
         else:
-            model = make.from_config(settings)
-    model = model.to(dtype).train()
+            model = make.from_config(settings, dtype=dtype)
+    for p in model.parameters():
+        # Not model.to: the package keeps buffers in float32 that 8 bits would spoil, such as
+        # rotary frequencies.
+        p.data = p.data.to(dtype)
     assert isinstance(model, nn.Module)
-    return model
+    return model.train()
+
+
+def require_length(config: Any, name: str, tokens: int) -> None:
+    """Check that a model of this configuration takes so many tokens.
+
+    Raises:
+        ConfigError: it takes fewer.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise ConfigError(f"task.context: '{name}' takes at most {longest} tokens, got {tokens}")
+
+
+class Logits(nn.Module):
+    """A model of ``transformers`` as a function from tensors to its logits."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[str, ...] = ("input_ids",)) -> None:
+        super().__init__()
+        self.model, self.inputs = model, inputs
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the logits; ``tensors`` are the model's keyword arguments ``inputs``, in order."""
+        given = dict(zip(self.inputs, tensors, strict=True))
+        logits: Tensor = self.model(**given).logits
+        return logits
 
 
 def load_package(name: str) -> Any:
@@ -142,25 +190,34 @@ def load_package(name: str) -> Any:
 
 def _tables_of(folder: Path) -> dict[str, Path]:
     """Return the tables of a folder, each by its name without endings."""
-    files = sorted(file for file in folder.iterdir() if _suffix(file) in _TABLES)
+    files = sorted(file for file in folder.iterdir() if suffix_of(file) in _TABLES)
     return {file.name.partition(".")[0]: file for file in files}
 
 
-def _suffix(file: Path) -> str:
-    return file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
-
-
 @contextmanager
-def _explained(field: str, name: str) -> Iterator[None]:
-    """Turn what the packages raise for a wrong name or a broken file into a ConfigError."""
+def explained(field: str, name: str, row: int = 1) -> Iterator[None]:
+    """Turn what the packages raise for a wrong name or a broken file into a ConfigError.
+
+    Args:
+        field: where the user named it.
+        name: what was named.
+        row: of a dataset, from 1: beyond the first one, it was found and opened.
+    """
     try:
         yield
     except ConfigError:
         raise
     except (
-        *(OSError, ValueError, KeyError, RuntimeError, SafetensorError),
+        # TypeError: rows of a dataset whose columns change their type.
+        *(OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError),
         load_package("datasets").exceptions.DatasetsError,
     ) as error:
+        if row > 1:
+            reason = shorten(str(error), 300) or type(error).__name__
+            raise ConfigError(
+                f"{field}: cannot read '{name}' from row {row} as read on ({reason}); mend the "
+                "data, all rows of which must have the same columns"
+            ) from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(
             f"{field}: cannot load '{name}' ({reason}); give a name on the hub (not with "

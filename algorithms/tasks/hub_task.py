@@ -10,7 +10,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from gossamer.algorithms.tasks.hub import load_model, load_splits, load_tokenizer
+from gossamer.algorithms.tasks.hub import (
+    load_model,
+    load_splits,
+    load_tokenizer,
+    require_length,
+)
 from gossamer.algorithms.tasks.partition import ShardedTask
 from gossamer.runtime.errors import ConfigError, nearest
 
@@ -118,11 +123,7 @@ class HubTask(ShardedTask, ABC):
         )
         settings: Any = model.config
         settings.pad_token_id = tokenizer.pad_token_id
-        longest = getattr(settings, "max_position_embeddings", None)
-        if longest is not None and tokens > longest:
-            raise ConfigError(
-                f"task.context: '{self.model}' takes at most {longest} tokens, got {tokens}"
-            )
+        require_length(settings, self.model, tokens)
         if len(tokenizer) > settings.vocab_size:
             raise ConfigError(
                 f"task.tokenizer: has {len(tokenizer)} tokens, but '{self.model}' knows "

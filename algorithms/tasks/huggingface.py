@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.problems import Dataset, Problem
 from gossamer.algorithms.tasks.arrays import TensorDataset, hold_out
+from gossamer.algorithms.tasks.hub import Logits
 from gossamer.algorithms.tasks.hub_task import HubTask
 from gossamer.algorithms.tasks.language import (
     Windows,
@@ -50,20 +51,6 @@ _KINDS = {
         "AutoModelForSequenceClassification", {"loss": ClassificationLoss(), "score": count_right}
     ),
 }
-
-
-class _Logits(nn.Module):
-    """A model of ``transformers`` as a function from tensors to its logits."""
-
-    def __init__(self, model: nn.Module, inputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model, self.inputs = model, inputs
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """Return the logits; ``tensors`` are the model's keyword arguments ``inputs``, in order."""
-        given = dict(zip(self.inputs, tensors, strict=True))
-        logits: Tensor = self.model(**given).logits
-        return logits
 
 
 class HuggingFace(HubTask):
@@ -218,7 +205,7 @@ class HuggingFace(HubTask):
     def _module(self, tokenizer: Any, names: list[Any], seed: int) -> nn.Module:
         classes: dict[str, Any] = {"num_labels": len(names)} if names else {}
         model = self.load_model(_KINDS[self.kind].auto, tokenizer, seed, self.context, **classes)
-        return _Logits(model, _inputs(tokenizer) if names else ("input_ids",))
+        return Logits(model, _inputs(tokenizer) if names else ("input_ids",))
 
 
 def _inputs(tokenizer: Any) -> tuple[str, ...]:

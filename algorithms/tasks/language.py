@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from gossamer.runtime.random import Random
 
 __all__ = [
+    "PaddedDocuments",
     "Windows",
     "count_masked_tokens",
     "count_next_tokens",
+    "count_padded_tokens",
     "mask_tokens",
     "masked_token_loss",
     "next_token_loss",
+    "padded_token_loss",
 ]
 
 _IGNORED = -100
@@ -43,6 +46,34 @@ class Windows:
         return (self.tokens[places].long(),)
 
 
+@dataclass(frozen=True)
+class PaddedDocuments:
+    """A document per example: its first tokens, and padding on the right.
+
+    An example is its tokens, int64 (context,), and its labels: the same, but -100 for padding.
+
+    Attributes:
+        tokens: any integer dtype (tokens,), of all documents.
+        offsets: int64 (documents + 1,): document k has tokens[offsets[k] : offsets[k + 1]].
+        context: tokens of an example.
+        pad: the token to fill up with.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    context: int
+    pad: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, ...]:
+        places = self.offsets[indices][:, None] + torch.arange(self.context)
+        inside = places < self.offsets[indices + 1][:, None]
+        found = self.tokens[places.clamp(max=len(self.tokens) - 1)].long()
+        return found.where(inside, self.pad), found.where(inside, _IGNORED)
+
+
 def next_token_loss(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """Return the mean negative log likelihood of the tokens but the first, in nats.
 
@@ -51,7 +82,7 @@ def next_token_loss(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         inputs: tokens (B, T + 1).
     """
     (tokens,) = inputs
-    logits = module(tokens[..., :-1])
+    logits = _wide(module(tokens[..., :-1]))
     return F.cross_entropy(logits.flatten(0, -2), tokens[..., 1:].flatten())
 
 
@@ -59,6 +90,29 @@ def count_next_tokens(inputs: tuple[Tensor, ...]) -> float:
     """Return how many tokens ``next_token_loss`` predicts."""
     batch, length = inputs[0].shape
     return float(batch * (length - 1))
+
+
+def padded_token_loss(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Return the mean negative log likelihood of the labels but each document's first, in nats.
+
+    The module is not told what is padding: it stands on the right, where no token before it looks.
+
+    Args:
+        module: tokens (B, T) -> logits (B, T, V), causal.
+        inputs: tokens (B, T), and labels (B, T): tokens, or -100 where nothing is predicted.
+
+    Returns:
+        (); zero where nothing is predicted at all.
+    """
+    tokens, labels = inputs
+    logits, targets = _wide(module(tokens[..., :-1])), labels[..., 1:].flatten()
+    total = F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=_IGNORED, reduction="sum")
+    return total / (targets != _IGNORED).sum().clamp(min=1)
+
+
+def count_padded_tokens(inputs: tuple[Tensor, ...]) -> float:
+    """Return how many tokens ``padded_token_loss`` predicts."""
+    return float((inputs[1][..., 1:] != _IGNORED).sum())
 
 
 def mask_tokens(
@@ -108,3 +162,8 @@ def masked_token_loss(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
 def count_masked_tokens(inputs: tuple[Tensor, ...]) -> float:
     """Return how many tokens ``masked_token_loss`` predicts."""
     return float((inputs[1] != _IGNORED).sum())
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Return logits in float32 at least: 8 bits cannot tell a loss of 4.00 from one of 4.02."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

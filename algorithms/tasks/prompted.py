@@ -137,14 +137,16 @@ class Prompted(HubTask):
         dev = None if self.evaluate == "test" else encode(rows.select(chosen["dev"]))
         test = dev if self.evaluate == "dev" else encode(held_out)
         train = encode(rows.select(chosen["train"]))
+        module = self._module(tokenizer, seed)
         return Problem(
-            module=self._module(tokenizer, seed),
+            module=module,
             train=train,
             shards=self.split(train.labels.numpy(), n, seed),
             test=test,
             dev=dev if self.evaluate == "both" else None,
             loss=ClassificationLoss() if as_classification else gold_loss,
             score=score,
+            **self.scheme.problem_parts(module, seed),
         )
 
     def _check(self, template: Template) -> None:

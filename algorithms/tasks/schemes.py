@@ -1,48 +1,28 @@
 """What of a language model is trained: all of it, or a few parameters in or beside it.
 
 A scheme changes a model of ``transformers`` in place and leaves `requires_grad` on what is trained:
-this alone becomes a row. New parameters are float32, whatever the rest is.
+this alone becomes a row. What is added beside a model is float32, whatever the rest is.
 """
 
 # Shapes: B sequences, H heads, P virtual tokens, T tokens, D width of the embeddings or of a head.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
+from gossamer.algorithms.low_rank.schemes import LowRank, ReLoRA, SLTrain, Sparse
 from gossamer.algorithms.tasks.hub import load_package
 from gossamer.algorithms.tasks.models import seeded
-from gossamer.runtime.component import Component, validate
+from gossamer.algorithms.tasks.scheme import Scheme
+from gossamer.runtime.component import validate
 from gossamer.runtime.errors import ConfigError, nearest
 from gossamer.runtime.random import Random
 
 __all__ = ["Full", "Head", "LoRA", "PrefixTuning", "PromptTuning", "Scheme", "SchemeField"]
-
-
-class Scheme(Component, ABC):
-    """A parameterisation of a model."""
-
-    @property
-    def extra_tokens(self) -> int:
-        """How many more tokens the model sees than it is given."""
-        return 0
-
-    @abstractmethod
-    def apply(self, model: nn.Module, seed: int) -> nn.Module:
-        """Return the model, with `requires_grad` on what is trained.
-
-        Args:
-            model: of ``transformers``, for language; changed in place.
-            seed: of new parameters.
-
-        Raises:
-            ConfigError: the model has not what the scheme needs.
-        """
 
 
 class Full(Scheme):
@@ -180,6 +160,10 @@ _SCHEMES: dict[str, type[Scheme]] = {
     "prefix": PrefixTuning,
     "prompt": PromptTuning,
     "head": Head,
+    "sltrain": SLTrain,
+    "low-rank": LowRank,
+    "sparse": Sparse,
+    "relora": ReLoRA,
 }
 
 
@@ -200,15 +184,19 @@ def _named(given: object) -> object:
 
 
 SchemeField = Annotated[
-    Full | LoRA | PrefixTuning | PromptTuning | Head,
+    Full | LoRA | PrefixTuning | PromptTuning | Head | SLTrain | LowRank | Sparse | ReLoRA,
     BeforeValidator(
         _named,
-        json_schema_input_type=Literal["full", "lora", "prefix", "prompt", "head"]
+        json_schema_input_type=Literal["full", "lora", "prefix", "prompt", "head", "sparse"]
         | Full
         | LoRA
         | PrefixTuning
         | PromptTuning
-        | Head,
+        | Head
+        | SLTrain
+        | LowRank
+        | Sparse
+        | ReLoRA,
     ),
 ]
 """A scheme: its name, or a section with a name and fields."""

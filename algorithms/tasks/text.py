@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import sysconfig
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,19 +10,17 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from gossamer.algorithms.problems import Problem, default_dtype
 from gossamer.algorithms.tasks.arrays import hold_out
-from gossamer.algorithms.tasks.files import DATA_VARIABLE, locate, read_bytes
+from gossamer.algorithms.tasks.files import expand, read_bytes, standard_library
 from gossamer.algorithms.tasks.language import Windows, count_next_tokens, next_token_loss
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.algorithms.tasks.partition import ShardedTask
 from gossamer.algorithms.tasks.transformer import Transformer
-from gossamer.runtime.errors import ConfigError
 
 __all__ = ["Text"]
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 _BYTES = 256
-_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
 
 class Text(ShardedTask):
@@ -97,32 +91,9 @@ class Text(ShardedTask):
 
     def _read(self) -> tuple[torch.Tensor, np.ndarray]:
         """Return the bytes of all files, uint8, and for each the number of its file."""
-        files = _standard_library()
+        files = standard_library()
         if self.path:
-            files = [file for path in self.path for file in _expand(path)]
+            files = [file for path in self.path for file in expand(path, "task.path")]
         parts = [np.frombuffer(read_bytes(file, "task.path"), np.uint8) for file in files]
         owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         return torch.from_numpy(np.concatenate(parts)), owner
-
-
-def _standard_library() -> list[Path]:
-    """Return the source files of the standard library, its tests left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(root.rglob("*.py"))
-    return [file for file in files if not _NOT_SOURCE & set(file.relative_to(root).parts)]
-
-
-def _expand(path: str) -> list[Path]:
-    """Return the files that one entry of ``path`` stands for, in the order of their names."""
-    # glob, not pathlib: absolute patterns, and hidden files are left out.
-    if glob.has_magic(path):
-        roots = ["", os.environ.get(DATA_VARIABLE, "")]
-        patterns = [os.path.join(root, path) for root in roots]  # noqa: PTH118 - no path yet
-    else:
-        start = str(locate(path, "task.path"))
-        patterns = [glob.escape(start), f"{glob.escape(start)}/**/*"]
-    matches = [sorted(glob.glob(pattern, recursive=True)) for pattern in patterns]  # noqa: PTH207
-    found = [[Path(name) for name in names if Path(name).is_file()] for names in matches]
-    if not any(found):
-        raise ConfigError(f"task.path: '{path}' names no file; correct the path")
-    return next(filter(None, found))

@@ -68,14 +68,15 @@ class CoefficientGossip(Algorithm):
     window: int | None = Field(default=None, ge=1)
     """A, steps whose numbers are averaged; None: as few as the tolerance allows."""
     optimizer: Optimizer = Field(exclude=True)
-    """``sgd`` without weight decay."""
+    """``sgd`` without weight decay and bound."""
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> Self:
-        if not isinstance(self.optimizer, SGD) or self.optimizer.weight_decay:
+        optimizer = self.optimizer
+        if not isinstance(optimizer, SGD) or optimizer.weight_decay or optimizer.max_norm:
             raise ValueError(
                 "optimizer: coefficient-gossip averages the numbers of plain SGD steps; use "
-                "optimizer: {name: sgd} without weight_decay, or algorithm: dsgd"
+                "optimizer: {name: sgd} without weight_decay and max_norm, or algorithm: dsgd"
             )
         return self
 

@@ -45,6 +45,11 @@ class Conservative(Algorithm):
     optimizer: SGD = Field(exclude=True)
     """The rate; plain sgd."""
 
+    @property
+    def defers(self) -> bool:
+        """Yes."""
+        return True
+
     def adapt(self, topology: Topology) -> Topology:
         """Take any graph: it is not used."""
         return topology
@@ -66,6 +71,9 @@ class Conservative(Algorithm):
         x, batch = state.x, batches[0]
         estimate = oracle.deferred(x, batch)
         mean = estimate.mean(comm)
+        if mean is not None and self.optimizer.needs_whole:
+            rows = mean if isinstance(mean, Tensor) else mean.dense()
+            mean = self.optimizer.clipped(rows)
         figures = {"loss": estimate.loss, **estimate.metrics}
         if mean is None:
             return {**figures, "skipped": 1.0}

@@ -71,6 +71,11 @@ class Flood(Algorithm):
     optimizer: Optimizer = Field(exclude=True)
     """The local update; any optimizer."""
 
+    @property
+    def defers(self) -> bool:
+        """Yes."""
+        return True
+
     def adapt(self, topology: Topology) -> Topology:
         """Take any graph over which every rank can reach every other; weights are not used."""
         dissemination(topology)

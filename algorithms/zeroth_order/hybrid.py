@@ -103,6 +103,11 @@ class Hybrid:
     part: FirstOrderPart
     rows: Tensor
 
+    @property
+    def has_room(self) -> bool:
+        """No: a row is what they save."""
+        return False
+
     def mean(self, comm: Communicator) -> Hybrid | None:
         """Return the mean over ranks: numbers for the directions, and the other tensors' rows."""
         rows = comm.all_reduce(self.rows, "mean")

@@ -34,7 +34,10 @@ _CHECKED = 8
 """Examples with which the losses of moved and of written parameters are compared."""
 _DISPLACED = 0.05
 """How far parameters move to see which layers a block does not reach."""
+_SMALL = 2**18
+"""Elements of a row that is copied for each loss, where nothing else is asked for."""
 _COLUMNS = 2**18
+"""Columns of a z that are made at once."""
 
 
 class Directed(NamedTuple):
@@ -44,9 +47,7 @@ class Directed(NamedTuple):
     elements: Distribution
     mask: Mask | None
 
-    def at(
-        self, along: Along, scale: float
-    ) -> tuple[int, int, int, float, Distribution, Mask | None]:
+    def at(self, along: Along, scale: float) -> _Z:
         """Return what makes ``scale`` times one direction."""
         return (self.seed, along.step, along.number, scale, self.elements, self.mask)
 
@@ -86,7 +87,7 @@ class LossesBeside:
         self._directed = directed
         self.prefix: PrefixCache | None = None
         self.transient: TransientModule | None = None
-        if restore == "transient" or (restore == "auto" and layout.d > _COLUMNS):
+        if restore == "transient" or (restore == "auto" and layout.d > _SMALL):
             self.transient = self._find_transient(restore, [problem.loss, further or problem.loss])
         if self.transient is None:
             self._copy = torch.empty(layout.d, dtype=layout.dtype, device=self._device)

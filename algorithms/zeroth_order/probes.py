@@ -58,6 +58,11 @@ class Probes:
         """Per rank of the whole run, the numbers of its probes."""
         return [[a.number for a in along] for along in self.along]
 
+    @property
+    def has_room(self) -> bool:
+        """No: a row is what they save."""
+        return False
+
     def mean(self, comm: Communicator) -> Probes | None:
         """Return the mean over ranks; None where some rank's numbers are not finite.
 

@@ -11,7 +11,6 @@ Shapes: a weight is (q, p), or a table of q rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -217,7 +216,7 @@ class TransientModule:
 
 def scratch_elements(d: int, device: torch.device) -> int:
     """Return how many elements of a linear layer move at once, in a model of d."""
-    share = 1 << int(math.log2(max(1, d // _SHARE)))
+    share = 1 << (max(1, d // _SHARE).bit_length() - 1)  # a power of two, as the others are
     return min(_PART[device.type], max(_LEAST, share))
 
 

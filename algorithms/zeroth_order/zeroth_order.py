@@ -96,8 +96,10 @@ class ZerothOrder(ModuleOracle):
     _has_warned: bool = PrivateAttr(default=False)
 
     def adapt(self, algorithm: Algorithm) -> None:
-        """Refuse updates of a part of the row that would move all of it."""
+        """Refuse an optimizer that needs a row, or would move all of it in an update of a part."""
         optimizer = algorithm.optimizer
+        if optimizer is not None and algorithm.defers:
+            optimizer.require_directions()
         in_turn = self.blocks != "none" and self.sweep == "gauss-seidel" and algorithm.sweeps
         if in_turn and (not isinstance(optimizer, SGD | SignSGD) or optimizer.weight_decay):
             raise ConfigError(
@@ -179,6 +181,11 @@ class ZerothOrder(ModuleOracle):
         return False
 
     @property
+    def keeps_whole(self) -> str:
+        """Why it takes no sink: its estimate is numbers, written down a part at a time as it is."""
+        return "zeroth-order makes no gradient at all, only numbers that are applied part by part"
+
+    @property
     def examples_at_once(self) -> int | None:
         """Those of a loss."""
         return self.micro_batch_size or (None if self.sampling == "full" else self.batch_size)
@@ -247,11 +254,15 @@ class ZerothOrder(ModuleOracle):
         combine: Sequence[tuple[float, Tensor]] | None,
     ) -> Estimate:
         comm, batch = self._comm, self._moved(batch)
+        weight = self._weights(batch)
+        factors = self._factors(batch, weight)
         along = [self._directions(rank, draw, blocks) for rank in range(comm.n)]
         points = combine or [(1.0, x)]
         slopes = torch.zeros(comm.local, len(along[0]), dtype=torch.float64)
         losses = torch.zeros(comm.local, dtype=torch.float64)
         for i, (rank, examples) in enumerate(zip(comm.ranks, batch, strict=True)):
+            if weight[i] == 0 and self._problem.uneven:
+                continue  # means over no token are nan
             for k, (c, rows) in enumerate(points):
                 found, loss = self._slopes(rows[i], i, k, examples.inputs, along[rank])
                 slopes[i] += c * found
@@ -265,15 +276,16 @@ class ZerothOrder(ModuleOracle):
         once += self._part is not None
         self._forwards += len(points) * (once + per_direction * len(along[0]))
         coefficients = slopes / self.queries
-        if self._factors is not None:
-            coefficients *= self._factors
+        if factors is not None:
+            coefficients *= factors
         seed, elements, mask = self._directed
         probes = Probes(comm, self._layout, seed, along, coefficients, elements, mask)
         grad: Probes | Hybrid = probes
         if self._part is not None:
-            grad = Hybrid(probes, self._part, self._rows(self._part, points, batch))
+            rows = self._rows(self._part, points, batch, weight, factors)
+            grad = Hybrid(probes, self._part, rows)
         metrics: Metrics = {"slope": slopes.abs().mean(dim=1), "forwards": float(self._forwards)}
-        return Estimate(losses, grad, self._weights(batch), metrics=metrics)
+        return Estimate(losses, grad, weight, metrics=metrics)
 
     def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
         """Return the losses at x, (local,) float64: a forward pass each."""
@@ -340,19 +352,26 @@ class ZerothOrder(ModuleOracle):
         return torch.tensor(slopes, dtype=torch.float64), sum(losses) / len(losses)
 
     def _rows(
-        self, part: FirstOrderPart, points: Sequence[tuple[float, Tensor]], batch: RankBatches
+        self,
+        part: FirstOrderPart,
+        points: Sequence[tuple[float, Tensor]],
+        batch: RankBatches,
+        weight: Tensor,
+        factors: Tensor | None,
     ) -> Tensor:
         """Return the gradients of the tensors that losses do not serve, (local, width)."""
         device, loss = self._comm.device, self._problem.loss
         total, one = part.empty(self._comm.local, device), part.empty(1, device)
         for i, examples in enumerate(batch):
+            if weight[i] == 0 and self._problem.uneven:
+                continue
             for c, rows in points:
                 self._module_at(rows[i], i)
                 with self._cast():
                     part.gradient(loss, examples.inputs, one[0])
                 total[i] += c * one[0]
-        if self._factors is not None:
-            combine_rows([(self._factors, total)], out=total)
+        if factors is not None:
+            combine_rows([(factors, total)], out=total)
         return total
 
     def _warn_of_zero(self, slope: float) -> None:

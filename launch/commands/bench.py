@@ -16,6 +16,7 @@ from gossamer.launch.commands.bench_options import (
     Warmup,
     integers,
 )
+from gossamer.launch.commands.bench_pretraining import low_rank, memory, pretraining
 from gossamer.launch.commands.bench_private import private, release
 from gossamer.launch.commands.bench_zo import zo
 
@@ -189,6 +190,9 @@ def ddp(
 
 app.command()(private)
 app.command()(release)
+app.command()(low_rank)
+app.command()(memory)
+app.command()(pretraining)
 app.command()(zo)
 
 

@@ -20,6 +20,7 @@ PAPERS = {
     "dnasa": "gossamer.launch.reproduce.dnasa",
     "doppler": "gossamer.launch.reproduce.doppler",
     "dp-pretraining": "gossamer.launch.reproduce.dp_pretraining",
+    "sltrain": "gossamer.launch.reproduce.sltrain",
     "zo-bench": "gossamer.launch.reproduce.zo_bench",
 }
 """Name on the command line -> module that holds ``PAPER``."""

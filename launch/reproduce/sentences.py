@@ -2,8 +2,8 @@
 
 A sentence has a sentiment, and eight words that are for or against something, or neither. Half of
 the texts that a model reads add ``it was great`` or ``it was terrible``, rightly six times in ten:
-it learns to judge, and which words judge. Section 6 of arXiv:2402.11592's page of the benchmark
-asks for models pretrained on what prompts look like; those of the hub are too large for minutes.
+it learns to judge, and which words judge. Forward passes fine-tune what is pretrained on texts that
+look like the prompts (task alignment, arXiv:2402.11592); models of the hub take too long for this.
 """
 
 # Shapes: B sentences, T words of a text.

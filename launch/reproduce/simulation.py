@@ -216,6 +216,9 @@ class _Watched:
         figures = {**self.inner.evaluate(), "travel": row_norm(mean - self._start).item()}
         return figures | dict(self._probe(self.inner)) if self._probe else figures
 
+    def totals(self) -> Mapping[str, int]:
+        return self.inner.totals()
+
     def snapshot(self) -> Any:
         return self.inner.snapshot()
 

@@ -133,8 +133,8 @@ class _Method:
 
     Attributes:
         optimizer: its name.
-        rates: of the schemes, in their order: the best of three a factor of three apart for one
-            seed, on the test sentences themselves.
+        rates: of the schemes, in their order: the best of three or more a factor of three apart,
+            for one seed on the test sentences themselves; derivatives take those of two losses.
         oracle: its fields; losses get the scheme's eps.
         algorithm: its name.
         steps: of a run.
@@ -150,11 +150,12 @@ class _Method:
 _EPS = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "prompt": 1e-3}
 """Scheme -> how far apart losses are taken: the defaults of arXiv:2305.17333."""
 _FORWARD = {**_LOSSES, "estimate": "forward"}
+_RATES = (3e-4, 3e-3, 0.3, 0.01)
 _METHODS = {
     "backpropagation, SGD": _Method("sgd", (0.03, 1.0, 3.0, 1.0), _GRADIENTS, steps=100),
     "backpropagation, Adam": _Method("adam", (1e-3, 0.01, 0.1, 0.03), _GRADIENTS, steps=100),
-    "forward derivatives, SGD": _Method("sgd", (3e-4, 3e-3, 0.3, 0.01), _FORWARD),
-    "losses, SGD": _Method("sgd", (3e-4, 3e-3, 0.3, 0.01)),
+    "forward derivatives, SGD": _Method("sgd", _RATES, _FORWARD),
+    "losses, SGD": _Method("sgd", _RATES),
     "losses, momentum": _Method("momentum", (3e-5, 3e-4, 0.03, 1e-3)),
     "losses, conservative": _Method("sgd", (3e-4, 9e-3, 0.3, 0.09), algorithm="conservative"),
     "losses, signs": _Method("sign-sgd", (3e-4, 9e-4, 9e-3, 9e-3)),

@@ -1,5 +1,6 @@
 """The compiled kernels behind argument checks."""
 
+from gossamer.runtime.native.codes import CODED_BLOCK, Codebook, CodedMoment, coded_adam
 from gossamer.runtime.native.compiled import (
     ALIGNMENT,
     DTYPES,
@@ -32,6 +33,12 @@ from gossamer.runtime.native.positions import (
     position_sums,
     takes_positions,
 )
+from gossamer.runtime.native.sparse import (
+    Support,
+    add_sparse_product,
+    add_sparse_product_back,
+    sampled_product,
+)
 from gossamer.runtime.native.sums import (
     Terms,
     add_rows,
@@ -43,18 +50,25 @@ from gossamer.runtime.native.sums import (
 
 __all__ = [
     "ALIGNMENT",
+    "CODED_BLOCK",
     "DTYPES",
     "AveragePlan",
     "Calls",
+    "Codebook",
+    "CodedMoment",
     "DeviceGroup",
     "Direction",
     "Exchange",
     "Group",
     "Piece",
+    "Support",
     "Terms",
     "add_random",
     "add_rows",
+    "add_sparse_product",
+    "add_sparse_product_back",
     "build_info",
+    "coded_adam",
     "combine",
     "fill",
     "fill_random",
@@ -68,6 +82,7 @@ __all__ = [
     "position_sums",
     "release_sum",
     "row_dot",
+    "sampled_product",
     "subtract_random",
     "takes_positions",
     "triad",

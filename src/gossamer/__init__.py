@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gossamer.algorithms.low_rank import sltrain
     from gossamer.algorithms.problems import Task
     from gossamer.algorithms.protocols import Algorithm, Optimizer, Oracle
     from gossamer.launch.attach import attach, init
@@ -29,6 +30,7 @@ __all__ = [
     "gossip_hook",
     "init",
     "row_norm",
+    "sltrain",
 ]
 
 # Imported when asked for: `gossamer topology list` need not wait for torch.
@@ -45,6 +47,7 @@ _HOME = {
     "gossip_hook": "gossamer.launch.gossip_hook",
     "init": "gossamer.launch.attach",
     "row_norm": "gossamer.runtime",
+    "sltrain": "gossamer.algorithms.low_rank",
 }
 
 

@@ -19,7 +19,7 @@ class Still(AdamBC):
     """Reads what it is given, moves nothing: for means over many equal runs."""
 
     def update_(self, state, x, grad, comm, origin=PLAIN):
-        self.direction(state, x, grad, origin)
+        self.direction(state, x, grad, comm, origin)
         return x
 
 

@@ -128,8 +128,11 @@ MEAN_RULES = {
 
 
 @pytest.mark.parametrize("name", MEAN_RULES)
-def test_the_mean_row_follows_the_mean_gradient(name):
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_mean_row_follows_the_mean_gradient(name, warmup):
     algorithm = MEAN_RULES[name]
+    optimizer = algorithm.optimizer.model_copy(update={"warmup": warmup})
+    algorithm = algorithm.model_copy(update={"optimizer": optimizer})
     comm, state = start(algorithm, algorithm.adapt(build("ring", 8)))
     share = 1 / 8 if name.startswith("official") else 1.0  # their losses carry a factor 1/n
     for k in range(10):

@@ -88,8 +88,8 @@ def test_a_moving_average_is_adams_first_moment():
     m, t = [], [0]
 
     class Watched(Adam):
-        def direction(self, state, x, grad, origin):
-            found = super().direction(state, x, grad, origin)
+        def rule(self, state, x, grad, comm, origin):
+            found = super().rule(state, x, grad, comm, origin)
             t[0] += 1
             m.append(state.m / (1 - 0.9 ** t[0]))
             return found

@@ -80,7 +80,7 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(stack):
 def test_a_gradient_in_slices_is_refused(stack):
     oracle = STACKS[stack](inner=Quadratic())
     run = Run(oracle, SGD(lr=0.1))
-    with pytest.raises(ConfigError, match="cannot hand a gradient out in slices"):
+    with pytest.raises(ConfigError, match="cannot hand one out in slices"):
         oracle(run.x, [None] * 2, sink=lambda where, grad: None)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gossamer.algorithms.low_rank.sltrain import layers_of, wrap
 from gossamer.algorithms.oracles.per_sample import PerSampleGradients
 from gossamer.algorithms.oracles.per_sample_terms import (
     Dense,
@@ -85,6 +86,15 @@ class Hidden(nn.Module):
         return F.linear(x, self.out.weight.square(), self.out.bias)
 
 
+def sparse_low_rank(**options):
+    layers = [nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4), nn.Flatten(), nn.Linear(28, CLASSES)]
+    model = wrap(nn.Sequential(*layers), targets=["0", "2"], **options)
+    for _, layer in layers_of(model):
+        if layer.B is not None:
+            nn.init.normal_(layer.B)
+    return model
+
+
 def picture(*layers):
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(CLASSES)), (2, 6, 6)
 
@@ -108,11 +118,15 @@ MODELS = {
         nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(24, CLASSES)),
         (2, 6),
     ),
+    "sparse and low rank": lambda: (sparse_low_rank(rank=2, density=0.3), (7, 6)),
+    "sparse alone": lambda: (sparse_low_rank(rank=0, density=0.3), (7, 6)),
+    "low rank, frozen": lambda: (sparse_low_rank(rank=2, density=0.3, freeze_a=True), (7, 6)),
+    "trained scale": lambda: (sparse_low_rank(rank=2, density=0.3, train_scale=True), (7, 6)),
     "twice": lambda: (Twice(), (6,)),
     "bare parameter": lambda: (Bare(), (6,)),
     "hidden use": lambda: (Hidden(), (6,)),
 }  # fmt: skip
-UNTAPPED = {"bare parameter", "hidden use"}
+UNTAPPED = {"bare parameter", "hidden use", "trained scale"}
 
 
 def classification(name, dtype=torch.float64):

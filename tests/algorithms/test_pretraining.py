@@ -212,15 +212,15 @@ def test_the_validation_loss_is_that_of_all_ranks_held_out_examples(algorithm):
 
 def test_the_switch_resets_the_first_moment_alone(monkeypatch):
     seen = []
-    whole = AdamW.direction
+    whole = AdamW.rule
 
-    def direction(self, state, x, grad, origin):
+    def rule(self, state, x, grad, comm, origin):
         before = (state.m.clone(), state.v.clone(), state.t, grad.clone())
-        found = whole(self, state, x, grad, origin)
+        found = whole(self, state, x, grad, comm, origin)
         seen.append((*before, origin, state.m.clone(), state.v.clone(), state.t))
         return found
 
-    monkeypatch.setattr(AdamW, "direction", direction)
+    monkeypatch.setattr(AdamW, "rule", rule)
     algorithm = AllReduce(optimizer=AdamW(lr=0.01))
     run(program(switch=0.5, algorithm=algorithm), 20)
     assert [origin.restart for *_, origin, _, _, _ in seen] == [k == 10 for k in range(20)]

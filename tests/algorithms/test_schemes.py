@@ -287,11 +287,11 @@ def test_an_estimate_moves_what_is_trained_and_nothing_else(folder, scheme, monk
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("lroa", "task.scheme.name: unknown scheme 'lroa'; did you mean 'lora'?"),
+        ("lroa", "task.scheme.name: unknown scheme 'lroa'; did you mean 'lora' or 'relora'?"),
         ({"name": "lora", "rank": 8}, "task.scheme.rank: unknown field; known: alpha, name, r, "),
         ({"name": "lora", "r": 0}, "task.scheme.r: must be greater than or equal to 1, got 0"),
         ({"name": "prefix", "length": 1.5}, "task.scheme.length: must be a whole number, got 1.5"),
-        ({"r": 8}, "task.scheme: must be one of full, lora, prefix, prompt, head, or a section"),
+        ({"r": 8}, "task.scheme: must be one of full, lora, prefix, prompt, head, sltrain, "),
         ({"name": "full", "r": 8}, "task.scheme.r: unknown field"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gossamer.algorithms.registry import find
+from gossamer.algorithms.tasks.hub import load_model
 from gossamer.algorithms.tasks.language import mask_tokens
 from gossamer.runtime.component import validate
 from gossamer.runtime.errors import ConfigError
@@ -129,6 +130,21 @@ def test_the_checkpoint_is_loaded_or_fresh_weights_are_drawn_from_the_seed(gpt2,
     assert not torch.equal(fresh, weights(1, pretrained=False))
     assert not torch.equal(fresh, expected)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_half_precision_leaves_the_rotary_frequencies_exact(tmp_path, pretrained):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=20, intermediate_size=24, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    half, full = (
+        load_model("AutoModelForCausalLM", "llama", pretrained=pretrained, seed=0, dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    frequencies = half.model.rotary_emb.inv_freq
+    assert torch.equal(frequencies, full.model.rotary_emb.inv_freq)
+    assert not torch.equal(frequencies, frequencies.bfloat16().float())
 
 
 def test_masked_language_model(bert, texts):

@@ -23,7 +23,6 @@ from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.optimizers.adam import Adam, AdamW
 from gossamer.algorithms.optimizers.sgd import SGD, Momentum, SignSGD
 from gossamer.algorithms.tasks.arrays import TensorDataset
-from gossamer.algorithms.tasks.objectives import count_right
 from gossamer.algorithms.zeroth_order.transient import TransientModule
 from gossamer.algorithms.zeroth_order.zeroth_order import ZerothOrder
 from gossamer.runtime import ConfigError, RowLayout
@@ -175,7 +174,7 @@ def test_ten_thousand_estimates_leave_every_bit_of_a_16_bit_model():
 
 
 def test_a_penalty_on_parameters_is_seen_and_rows_are_copied_then(monkeypatch):
-    monkeypatch.setattr("gossamer.algorithms.zeroth_order.losses._COLUMNS", 16)
+    monkeypatch.setattr("gossamer.algorithms.zeroth_order.losses._SMALL", 16)
     plain = program(network(), full())
     assert plain.oracle._beside.transient is not None
     run = program(network(l2=0.01), full())
@@ -314,7 +313,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: f"{o.name}-{o.weight_decay}")
 def test_an_update_in_parts_is_the_update_of_whole_rows(optimizer, monkeypatch):
     rows = [program(network(n=2), full(queries=2), optimizer) for _ in range(2)]
-    monkeypatch.setattr("gossamer.algorithms.protocols._COLUMNS", 16)
+    monkeypatch.setattr("gossamer.algorithms.optimizers.base._COLUMNS", 16)
     advance(rows[0], 4)
     for _ in range(4):
         run = rows[1]
@@ -361,62 +360,7 @@ def test_a_masked_estimate_has_the_mask_of_its_direction():
     assert abs(share - 0.5) < 5 * math.sqrt(0.25 / d)
 
 
-# --- what is minimised --------------------------------------------------------------------------
-
-
-def always_seven(module, inputs):
-    return 7
-
-
-@pytest.mark.parametrize("minimize", ["accuracy", "f1", f"{__name__}:always_seven"])
-def test_anything_that_can_be_computed_can_be_minimised(minimize, caplog):
-    run = program(network(), full(minimize=minimize, eps=0.5))
-    found, batch = estimate_at(run)
-    if minimize == "accuracy":
-        loss = run.oracle.loss(run.state.x, batch)
-        score = count_right(run.problem.module, batch[0].inputs)["accuracy"]
-        assert float(loss) == pytest.approx(-float(score) / N)
-    if minimize == "f1":
-        run.oracle._calls = (-1, 0)
-        assert -1 <= found.loss.item() < 0
-    if ":" in minimize:
-        assert found.loss.item() == 7
-        assert found.grad.coefficients.item() == 0
-
-
-def test_f1_is_that_of_scikit_learn():
-    from sklearn.metrics import f1_score
-
-    from gossamer.algorithms.zeroth_order.objectives import negative_f1
-
-    problem = network()
-    inputs = problem.examples(N)
-    with torch.no_grad():
-        found = problem.module.eval()(inputs[0]).argmax(1)
-        expected = f1_score(inputs[1], found, average="macro")
-        assert float(negative_f1(problem.module, inputs)) == pytest.approx(-expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"minimize": "recall"}, r"oracle\.minimize: the task has no score 'recall'"),
-        ({"minimize": "nowhere:f"}, r"oracle\.minimize: there is no module 'nowhere'"),
-        ({"minimize": "f1", "estimate": "forward"}, r"oracle\.estimate: forward takes a deriv"),
-        ({"pool": 3, "sparsity": 0.5}, r"oracle\.sparsity: a pool's directions"),
-        ({"estimate": "forward", "micro_batch_size": 2}, r"oracle\.micro_batch_size: estimate: f"),
-        ({"minimize": "f1", "micro_batch_size": 2}, r"oracle\.micro_batch_size: a score of parts"),
-    ],
-)
-def test_what_cannot_be_minimised_is_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        program(network(), full(**options))
-
-
-def test_equal_losses_are_warned_of_once(caplog):
-    run = program(network(), full(eps=1e-12))
-    advance(run, 3)
-    assert sum("oracle.eps" in record.message for record in caplog.records) == 1
+# --- a step of the oracle -----------------------------------------------------------------------
 
 
 def test_dropout_is_off():

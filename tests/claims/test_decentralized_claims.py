@@ -122,6 +122,7 @@ def tracking_error(program: TrainingProgram) -> Mapping[str, float]:
     return {"tracking_error": float((state.v.mean(dim=0) - gradient).norm())}
 
 
+@pytest.mark.long
 def test_plain_adam_fails_on_different_data_and_averaged_denominators_do_not(lab: Laboratory):
     dsgd, adam = {"name": "dsgd", "order": "cta"}, {"name": "adam", "lr": 1e-3}
     plain = {"algorithm": dsgd, "optimizer": adam}

@@ -62,13 +62,15 @@ CLAIMS: dict[str, tuple[Group, int]] = {
         3,
     ),
 }
+LONG = ("pre-training", "small network", "network")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @needs_opacus
 @pytest.mark.parametrize(
-    "name", [*list(CLAIMS)[:-1], pytest.param("network", marks=pytest.mark.long)]
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in CLAIMS],
 )
 def test_the_claims_of_private_training_hold(name, lab: Laboratory, monkeypatch):
     group, seeds = CLAIMS[name]

@@ -59,6 +59,7 @@ def test_seven_graphs_give_the_known_figures_to_nine_digits(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_a_denser_graph_trains_better_on_different_data(lab: Laboratory):
     values = load_yaml(EXPERIMENTS / "dirichlet.yaml")
     values["oracle"]["vectorize"] = True  # 16 ranks in one pass; the bits do not matter here

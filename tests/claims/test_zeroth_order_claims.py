@@ -14,7 +14,7 @@ SEEDS = {accuracy: 2, derivatives: 2, queries: 2, unstable: 2, alignment: 2}
 
 
 LONG = {alignment: pytest.mark.long}
-"""Of pretrained models: it passes with two seeds, as with three in ``gossamer reproduce``."""
+"""Pretrains two models, and takes longer than all others together."""
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,23 @@ def every_algorithm() -> dict[str, dict]:
         if name in ("sgp", "push-diging"):
             runs[name]["topology"] = {"name": "directed_ring"}
     schedule = {"algorithm": {"name": "d-nasa"}, "topology": {"name": "one_peer_exponential"}}
-    return {**runs, "d-nasa-on-a-schedule": schedule, **private_runs()}
+    return {**runs, "d-nasa-on-a-schedule": schedule, **private_runs(), **adam_runs()}
+
+
+def adam_runs() -> dict[str, dict]:
+    """Moments of low rank, whose basis rank 0 sends or each rank has its own, and of 8 bits."""
+    galore = {"name": "galore", "lr": 0.01, "rank": 5, "refresh": 2, "targets": ["weight"]}
+    adam8bit = {"name": "adam8bit", "lr": 0.01}
+    task = {"hidden": [64, 12]}
+    return {
+        f"{optimizer['name']}-{algorithm}": {
+            "task": task,
+            "optimizer": optimizer,
+            "algorithm": {"name": algorithm},
+        }
+        for optimizer in (galore, adam8bit)
+        for algorithm in ("all-reduce", "dsgd")
+    }
 
 
 def private_runs() -> dict[str, dict]:

@@ -29,7 +29,9 @@ class Faulty(Algorithm):
         if comm.step == self.at and self.rank in comm.ranks:
             self.fail()
         estimate = oracle(x, batches[0])
-        direction = self.optimizer.direction(state.optimizer, x, estimate.grad, estimate.origin)
+        direction = self.optimizer.direction(
+            state.optimizer, x, estimate.grad, comm, estimate.origin
+        )
         x.copy_(mixing.wait() - self.optimizer.rate(comm) * direction)
         comm.neighbor_average(x, out=x)
         if self.fault == "slow":

@@ -128,6 +128,8 @@ class Rank:
 
 
 def _serve(connection, job, process, processes, uid):
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rank = Rank(job, process, processes, uid)
     connection.send(tuple(rank.shared.ticket))
     while True:

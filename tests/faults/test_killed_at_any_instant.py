@@ -17,7 +17,7 @@ from gossamer.runtime.checkpoint import Checkpoint, latest
 MEETING_S = 8
 """While two meet, each step of it waits that long for one that was killed."""
 
-TIMES = ("seconds", "seconds_compute", "seconds_communicate")
+TIMES = ("seconds", "seconds_compute", "seconds_communicate", "examples_per_second")
 STEPS = 24
 RUN = {"steps": STEPS, "log_every": 4, "checkpoint_every": 2, "timeout_s": 30, "seed": 5}
 

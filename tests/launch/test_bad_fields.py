@@ -151,6 +151,23 @@ def test_an_algorithm_that_needs_an_optimizer_says_so(refused):
     refused(changed(optimizer=None), ["optimizer", "dsgd", "{name: sgd, lr: 0.1}"])
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"lr_floor": 0.1}, ["lr_floor", "no effect", "schedule: constant", "cosine"]),
+        ({"schedule": "cosine", "cycle": 5}, ["cycle", "no effect", "cosine-restarts"]),
+        ({"schedule": "cosine-restarts"}, ["cycle", "cosine-restarts needs"]),
+        (
+            {"schedule": "cosine-restarts", "cycle": 7},
+            ["optimizer.cycle", "7 does not divide", "steps: "],
+        ),
+        ({"max_norm": 0}, ["optimizer.max_norm", "greater than 0"]),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_refused(refused, fields, words):
+    refused(changed(optimizer={"name": "sgd", "lr": 0.1} | fields, steps=20), words)
+
+
 def test_an_optimizer_inside_the_algorithm_is_sent_outside(refused):
     refused(
         changed(algorithm={"optimizer": {"name": "sgd", "lr": 1}}),

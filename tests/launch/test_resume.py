@@ -25,7 +25,7 @@ RUN = {
     "keep_checkpoints": 10,
     "timeout_s": 60,
 }
-TIMES = ("seconds", "seconds_compute", "seconds_communicate")
+TIMES = ("seconds", "seconds_compute", "seconds_communicate", "examples_per_second")
 
 
 def go(folder, out=None, resume=None, settings=(), file=None, **options):
@@ -99,6 +99,32 @@ def test_a_resume_goes_on_from_the_checkpoint_that_is_named(whole, tmp_path):
     assert outcome(tmp_path / "run") == outcome(whole)
 
 
+@pytest.mark.parametrize("algorithm", ["all-reduce", "dsgd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "galore", "lr": 0.01, "rank": 4, "refresh": 4, "targets": ["weight"]},
+        {"name": "adam8bit", "lr": 0.01},
+    ],
+    ids=lambda section: section["name"],
+)
+def test_projected_and_coded_moments_are_resumed_to_the_bit(optimizer, algorithm, tmp_path):
+    task = RUN["task"] | {"hidden": [64, 64]}  # 4096 elements: as codes
+    changed = {"task": task, "optimizer": optimizer, "algorithm": {"name": algorithm}, "ranks": 2}
+    file, out = tmp_path / "run.yaml", tmp_path / "out"
+    file.write_text(json.dumps(RUN | changed))
+    assert go(tmp_path, out, file=file) == 0
+    undisturbed = outcome(out)
+    rows = Checkpoint.open(out / "checkpoints" / "step-000000006").rows(range(2))
+    if optimizer["name"] == "adam8bit":
+        codes = rows["state/optimizer.m.codes"]
+        assert (codes.shape, codes.dtype) == ((2, 4096), torch.uint8)
+    else:
+        assert "state/optimizer.basis" in rows
+    assert go(tmp_path, resume=out / "checkpoints" / "step-000000006") == 0  # amid a cycle of P
+    assert outcome(out) == undisturbed
+
+
 @pytest.fixture
 def private(tmp_path):
     """Return the folder of a private run that was killed after step 3, and its secret keys."""
@@ -165,6 +191,17 @@ def test_seconds_go_on_where_they_were(cut):
     assert go(cut, resume=cut) == 0
     seconds = [json.loads(line).get("seconds", 0.0) for line in path.read_text().splitlines()]
     assert all(1000.0 <= s < 1100.0 for s in seconds[3:])
+
+
+def test_examples_are_counted_on_also_on_another_number_of_ranks(whole, tmp_path):
+    line = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["examples"] == 12 * 8 * 8  # steps, ranks and batch size
+    first = whole / "checkpoints" / "step-000000003"
+    assert go(tmp_path, tmp_path / "out", resume=first, ranks=4, settings=["steps=5"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["examples"] == 3 * 8 * 8 + 2 * 4 * 8
+    assert summary["examples_per_second"] > 0
+    assert summary["peak_memory_mib"] > 50  # torch alone takes more
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, cut, capsys):

@@ -28,6 +28,9 @@ class Counter:
     def evaluate(self):
         return {"evaluated": float(self.comm.step)}
 
+    def totals(self):
+        return {"apples": 10 * self.comm.step}
+
     def snapshot(self):
         return {}, {}
 
@@ -172,3 +175,20 @@ def test_seconds_leave_out_evaluation_and_checkpoints(loop):
     paused = 3 * 0.3 + 2 * 0.3
     assert 0 <= record["seconds"] < paused
     assert record["seconds_compute"] + record["seconds_communicate"] <= record["seconds"] + 1e-6
+
+
+def test_what_the_program_counts_is_logged_with_its_rate(loop):
+    _, run = loop
+    first, *records = run(3).records
+    assert "apples" not in first
+    assert [record["apples"] for record in records] == [10, 20, 30]
+    for record in records:
+        assert record["apples_per_second"] == pytest.approx(record["apples"] / record["seconds"])
+
+
+def test_a_resumed_loop_counts_on_but_its_rate_is_its_own(loop):
+    program, run = loop
+    program.comm.step = 5
+    record = run(7).records[-1]
+    assert record["apples"] == 70
+    assert record["apples_per_second"] == pytest.approx(20 / record["seconds"])

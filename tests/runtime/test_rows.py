@@ -1,3 +1,6 @@
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +26,22 @@ def mlp():
 )
 def test_aligned_rounds_up_to_64_bytes(count, dtype, expected):
     assert aligned(count, dtype) == expected
+
+
+def resident_mib():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_large_rows_take_memory_when_they_are_written():
+    before = resident_mib()
+    rows = empty_rows(2, 2**24 + 5, torch.float32, "cpu")  # 128 MiB
+    assert resident_mib() < before + 16
+    assert all(row.data_ptr() % 64 == 0 for row in rows)
+    rows[1] = 1.0
+    assert before + 48 < resident_mib() < before + 80
+    assert not rows[0].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
