@@ -126,6 +126,9 @@ class Evaluator:
             equal = equal or comm.n == 1
             mean = x[:1] if equal else comm.all_reduce(x, op="mean", count=False)
             figures = {"consensus": 0.0 if equal else self._distance(x, mean)}
+            if problem.contrast is not None:
+                assert problem.figures is not None
+                return figures | problem.figures(comm, self._layout, x, mean)
             if self._training:
                 figures |= self._objective_at(mean, self._gradient)
             if self._training and self._rank_grad_norm:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gossamer.algorithms.contrastive.contrast import Contrast
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.component import Component
 from gossamer.runtime.random import derive_key
@@ -160,6 +161,8 @@ class Problem:
         figures: (ranks, layout, rows (local, d), their mean (1, d)) -> figures of an evaluation;
             every process calls it; None: none.
         restarts: what moves parameters into what is not trained between steps; None: nothing.
+        contrast: views and an encoder, where examples have no loss of their own but by comparison;
+            ``loss`` is not called then, and ``figures`` make the whole evaluation.
     """
 
     module: nn.Module
@@ -175,6 +178,7 @@ class Problem:
     uneven: bool = False
     figures: Figures | None = None
     restarts: Restarts | None = None
+    contrast: Contrast | None = None
 
     def examples(self, count: int) -> tuple[Tensor, ...]:
         """Return at most ``count`` from all over the training set: sorted ones keep their classes.

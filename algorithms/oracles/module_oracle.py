@@ -6,7 +6,7 @@ The module exists once per process; its parameters become views of the row at ha
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -36,6 +36,9 @@ class ModuleOracle(Oracle):
     the task's and algorithm's own choice. Over examples, where a task's batches of one size differ
     in tokens, ranks are weighed by those of each batch: a number that all exchange per gradient."""
 
+    compares: ClassVar[bool] = False
+    """Whether it makes gradients of comparisons between examples, not of losses of single ones."""
+
     _comm: Communicator = PrivateAttr()
     _problem: Problem = PrivateAttr()
     _layout: RowLayout = PrivateAttr()
@@ -48,6 +51,12 @@ class ModuleOracle(Oracle):
 
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
         """Lay out the module and give each hosted rank its own buffers."""
+        if self.compares != (problem.contrast is not None):
+            raise ConfigError(
+                "oracle: contrastive needs a task that shows two views of its examples; use task: "
+                "contrastive" if self.compares else f"oracle: {self.name} needs a loss of single "
+                "examples, and those of this task are compared; use oracle: contrastive"
+            )
         self._comm, self._problem = comm, problem
         problem.module.to(comm.device)
         self._layout = RowLayout(problem.module)

@@ -1,0 +1,1 @@
+"""Contrastive learning: embeddings that cross ranks inside the gradient."""
