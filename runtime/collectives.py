@@ -204,6 +204,63 @@ class RankGroup(HostedRanks):
             out[:, columns] = part
         return out
 
+    def all_to_all_ragged(
+        self, messages: Sequence[Sequence[Tensor]], *, count: bool = True
+    ) -> list[list[Tensor]]:
+        """Return what every rank sent to each hosted one: a message per pair, of any length.
+
+        The lengths travel first: 8 bytes more per message, which are counted. What a rank sends to
+        itself costs nothing.
+
+        Args:
+            messages: ``messages[i][j]`` goes from hosted rank i (a row) to rank j: (m_ij,)
+                contiguous, of one dtype on every rank; m_ij may be 0. Kept.
+            count: whether the bytes are the algorithm's.
+
+        Returns:
+            ``received[i][j]``, (m_ji,), what rank j sent to hosted rank i.
+
+        Raises:
+            ValueError: there is not one message per hosted rank and rank, or one of another dtype,
+                shape or device; nothing was sent.
+        """
+        shape = [len(row) for row in messages]
+        if shape != [self.n] * self.local:
+            raise ValueError(
+                f"all_to_all_ragged: needs a message to each of {self.n} ranks from each of "
+                f"{self.local} hosted ones, got {shape}"
+            )
+        self._check_messages("all_to_all_ragged", [m for row in messages for m in row])
+        lengths = torch.tensor([[len(message) for message in row] for row in messages])
+        if count:
+            others = torch.ones_like(lengths)
+            others[range(self.local), list(self.ranks)] = 0
+            sizes = others * (8 + lengths * messages[0][0].itemsize)
+            self.traffic.messages_sent[:] += self.n - 1
+            self.traffic.bytes_sent[:] += sizes.sum(dim=1).numpy()
+        coming = self.all_to_all(lengths[..., None].to(self.device), count=False)[..., 0].tolist()
+        sends, receives, parts = [], [], []
+        for p in range(self.transport.processes):
+            theirs = self.placement.ranks(p)
+            # A peer's block arrives as [my rank, its rank], as mine goes as [its rank, my rank].
+            block = torch.cat([row[j] for j in theirs for row in messages])
+            if p != self.transport.process:
+                sends.append((p, block))
+                block = block.new_empty(sum(sum(row[theirs.start : theirs.stop]) for row in coming))
+                receives.append((p, block))
+            parts.append((theirs, block))
+        self._exchange(
+            [(p, block) for p, block in sends if len(block)],
+            [(p, block) for p, block in receives if len(block)],
+            "all_to_all_ragged",
+        )
+        received: list[list[Tensor]] = [[] for _ in messages]
+        for theirs, block in parts:
+            arrived = block.split([row[j] for row in coming for j in theirs])
+            for i, row in enumerate(received):
+                row += arrived[i * len(theirs) : (i + 1) * len(theirs)]
+        return received
+
     def reduce_scatter(self, x: Tensor, *, count: bool = True) -> Tensor:
         """Sum over ranks and keep one's own part: (local, n * m) -> (local, m).
 

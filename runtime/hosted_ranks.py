@@ -75,6 +75,20 @@ class HostedRanks:
             )
         return x.shape[1]
 
+    def _check_messages(self, operation: str, messages: Sequence[Tensor]) -> None:
+        """Check messages of any length, before the lengths travel."""
+        dtypes = {message.dtype for message in messages}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{operation}: messages must be of one dtype, got {sorted(map(str, dtypes))}"
+            )
+        for message in messages:
+            if message.dim() != 1 or not message.is_contiguous() or message.is_cpu != self._is_cpu:
+                raise ValueError(
+                    f"{operation}: messages must be (m,), contiguous, on {self.device}, got "
+                    f"{tuple(message.shape)} with strides {message.stride()} on {message.device}"
+                )
+
     def _others(self) -> list[int]:
         """Return the other processes, starting after this one so that not all call on 0 first."""
         me, processes = self.transport.process, self.transport.processes

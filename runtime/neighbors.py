@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gossamer.runtime.collectives import RankGroup
 from gossamer.runtime.errors import RoundMismatch
-from gossamer.runtime.exchange import ExchangePlan, plan_exchange
+from gossamer.runtime.exchange import ExchangePlan, ReturnPlan, plan_exchange, plan_return
 from gossamer.runtime.messages import Edge, Messages, RaggedMessages
+from gossamer.runtime.native import DTYPES, weighted_sum
 from gossamer.runtime.rows import empty_rows
 from gossamer.runtime.transports.base import Transport
 from gossamer.topologies import Topology
@@ -54,6 +55,7 @@ class NeighborGroup(RankGroup):
         self._period = topology.period
         self._check_rounds = check_rounds and transport.processes > 1
         self._plans = lru_cache(maxsize=max(64, topology.period or 0))(self._plan)
+        self._returns = lru_cache(maxsize=max(64, topology.period or 0))(self._return_plan)
         self._agreed: set[int] = set()
         self._scratch: dict[tuple[int, int, torch.dtype], Tensor] = {}
         if self._check_rounds and not self.same(topology.digest()):
@@ -76,6 +78,48 @@ class NeighborGroup(RankGroup):
         self.traffic.count(plan.degree, 1, width * x.itemsize)
         return self._gather(plan, x)
 
+    def neighbor_gather_adjoint(self, values: Tensor) -> Tensor:
+        """Return the sums of what comes back when each message of round t returns to its source.
+
+        The transpose of ``neighbor_gather``: over all ranks, ``<neighbor_gather(x).values, y>`` is
+        ``<x, neighbor_gather_adjoint(y)>``, so that it turns the gradient of the messages into that
+        of the rows. Weights are not applied. A message of m elements travels against each edge,
+        counted where it starts; a rank adds those that come back in ascending rank.
+
+        Args:
+            values: (edges, m), in the order of ``neighbor_gather(x).values`` of the same round; a
+                dtype of the kernels; kept.
+
+        Returns:
+            (local, m); zeros for a rank that sends nothing in round t.
+
+        Raises:
+            ValueError: another number of messages, dtype or device; nothing was sent.
+        """
+        plan = self._returns(self._place_in_schedule())
+        if (
+            values.dim() != 2
+            or len(values) != plan.num_edges
+            or values.dtype not in DTYPES
+            or values.is_cpu != self._is_cpu
+        ):
+            raise ValueError(
+                f"neighbor_gather_adjoint: values must be ({plan.num_edges}, m) floating on "
+                f"{self.device}, got {tuple(values.shape)} {values.dtype} on {values.device}"
+            )
+        self._settle()
+        width = values.shape[1]
+        self.traffic.count(plan.degree, 1, width * values.itemsize)
+        values = values.contiguous()
+        received = values.new_empty(plan.num_received, width)
+        blocks = received.split([count for _, count in plan.receives])
+        self._exchange(
+            [(peer, values[torch.from_numpy(rows).to(values.device)]) for peer, rows in plan.sends],
+            [(peer, block) for (peer, _), block in zip(plan.receives, blocks, strict=True)],
+            f"neighbor_gather_adjoint (round {self.round})",
+        )
+        return weighted_sum([values, received], plan.terms, values.new_empty(self.local, width))
+
     def neighbor_gather_ragged(self, rows: Sequence[Tensor]) -> RaggedMessages:
         """Return the messages that each hosted rank receives in round t, each of its own length.
 
@@ -86,7 +130,12 @@ class NeighborGroup(RankGroup):
             rows: one per hosted rank, (m_i,) contiguous, of one dtype on every rank; m_i may be 0.
         """
         plan = self._plan_now()
-        self._check_ragged(rows)
+        if len(rows) != self.local:
+            raise ValueError(
+                f"neighbor_gather_ragged: needs a row for each of {self.local} hosted ranks, got "
+                f"{len(rows)}"
+            )
+        self._check_messages("neighbor_gather_ragged", rows)
         self._settle()
         lengths = torch.tensor([[len(row)] for row in rows], device=self.device)
         sizes = 8 + lengths.flatten().numpy(force=True) * rows[0].itemsize
@@ -142,21 +191,9 @@ class NeighborGroup(RankGroup):
             for edge in sorted(received)
             if edge[0] not in self.ranks
         ]
-        self._exchange(sends, receives, self._where("neighbor_all_to_all"))
+        self._exchange(sends, receives, f"neighbor_all_to_all (round {self.round})")
 
-    def _check_ragged(self, rows: Sequence[Tensor]) -> None:
-        dtypes = {row.dtype for row in rows}
-        if len(rows) != self.local or len(dtypes) > 1:
-            raise ValueError(
-                f"neighbor_gather_ragged: needs a row for each of {self.local} hosted ranks, of "
-                f"one dtype, got {len(rows)} of {sorted(map(str, dtypes))}"
-            )
-        for row in rows:
-            if row.dim() != 1 or not row.is_contiguous() or row.is_cpu != self._is_cpu:
-                raise ValueError(
-                    f"neighbor_gather_ragged: rows must be (m,), contiguous, on {self.device}, "
-                    f"got {tuple(row.shape)} with strides {row.stride()} on {row.device}"
-                )
+    # --- inside -----------------------------------------------------------------------------
 
     def _place_in_schedule(self) -> int:
         return self.round % self._period if self._period else self.round
@@ -167,6 +204,10 @@ class NeighborGroup(RankGroup):
     def _plan(self, t: int) -> ExchangePlan:
         self._agree_on_round(t)
         return plan_exchange(self.topology.round(t), self.placement, self.transport.process)
+
+    def _return_plan(self, t: int) -> ReturnPlan:
+        self._agree_on_round(t)
+        return plan_return(self.topology.round(t), self.placement, self.transport.process)
 
     def _agree_on_round(self, t: int) -> None:
         """Compare a hash of round t between processes, once.
