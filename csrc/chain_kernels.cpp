@@ -1,5 +1,5 @@
-// Compiled once per instruction set (GOSSAMER_ISA). All lanes of a vector are tested against the
-// state at once; the chain jumps to the first that passes, and the tests in between are counted.
+// Compiled once per instruction set (GOSSAMER_ISA). A chain jumps from one accepted column to the
+// next, a vector of columns tested against its state at once; tests in between are only counted.
 #include "chain_kernels.h"
 
 #include <algorithm>
@@ -10,6 +10,8 @@
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 // A bit for each lane of x above the bound.
 std::uint32_t lanes_above(Floats x, float bound) {
@@ -27,47 +29,46 @@ std::uint32_t lanes_above(Floats x, float bound) {
 #endif
 }
 
-std::uint32_t lanes_below(std::size_t lane) { return (std::uint32_t{1} << lane) - 1; }
-
-Floats load_first(const float* p, std::size_t lanes) {
-  if (lanes == kFloats) return load<float, float>(p);
-  Floats v = {};
-  std::memcpy(&v, p, lanes * sizeof(float));
-  return v;
+// The first of the sums from `j` on that is above the bound, or `end`, from where kNone stands.
+std::size_t first_above(const float* sums, std::size_t j, std::size_t end, float bound) {
+  for (; j < end; j += kFloats) {
+    const std::uint32_t above = lanes_above(load<float, float>(sums + j), bound);
+    if (above != 0) return j + static_cast<std::size_t>(std::countr_zero(above));
+  }
+  return end;
 }
 
 void scan_row(const ChainRow& row, Chain& chain) {
-  std::int32_t tests = 0, since = 0;  // tests so far, and when the state was reached
-  // The state has stood until this test.
+  float* const sums = row.sums;
+  for (std::size_t j = row.begin; j < row.end; ++j) sums[j] = row.scores[j] + row.exponentials[j];
+  std::fill_n(sums + row.end, kFloats, kNone);
+  for (const std::size_t* own = row.own; *own < row.end; ++own) sums[*own] = kNone;
+
+  const std::size_t* own = row.own;
+  const auto tests_before = [&](std::size_t j) {  // j rises from call to call
+    while (*own < j) ++own;
+    return static_cast<std::int32_t>(j - row.begin) - static_cast<std::int32_t>(own - row.own);
+  };
+  std::int32_t since = 0;  // the state stands after this test
   const auto record = [&](std::int32_t until) {
     const auto records = std::max(until, row.burn_in) - std::max(since, row.burn_in);
     if (chain.column >= 0) {
       row.counts[chain.column] += records;
-    } else if (chain.score > -std::numeric_limits<float>::infinity()) {
+    } else if (chain.score > kNone) {
       chain.held += records;
     }
     since = until;
   };
   chain.held = chain.accepted = 0;
-  const std::size_t* barred = row.barred;
-  for (std::size_t i = row.begin; i < row.end; i += kFloats) {
-    const std::size_t lanes = std::min(kFloats, row.end - i);
-    std::uint32_t proposed = lanes_below(lanes);
-    for (; *barred < i + lanes; ++barred) proposed &= ~(std::uint32_t{1} << (*barred - i));
-    const Floats sums = load_first(row.scores + i, lanes) + load_first(row.exponentials + i, lanes);
-    std::uint32_t above = lanes_above(sums, chain.score) & proposed;
-    while (above != 0) {
-      const auto lane = static_cast<std::size_t>(std::countr_zero(above));
-      record(tests + std::popcount(proposed & lanes_below(lane)));
-      chain.column = static_cast<std::int64_t>(i + lane);
-      chain.score = row.scores[i + lane];
-      ++chain.accepted;
-      above = lanes_above(sums, chain.score) & proposed & ~lanes_below(lane + 1);
-    }
-    tests += std::popcount(proposed);
+  std::size_t j = first_above(sums, row.begin, row.end, chain.score);
+  for (; j < row.end; j = first_above(sums, j + 1, row.end, chain.score)) {
+    record(tests_before(j));
+    chain.column = static_cast<std::int64_t>(j);
+    chain.score = row.scores[j];
+    ++chain.accepted;
   }
-  record(tests);
-  chain.proposed = tests;
+  chain.proposed = tests_before(row.end);
+  record(chain.proposed);
 }
 
 }  // namespace

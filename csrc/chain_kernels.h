@@ -6,13 +6,16 @@
 
 namespace gossamer {
 
+constexpr std::size_t kMostLanes = 16;  // that a vector has in any instruction set
+
 struct ChainRow {
   const float* scores;
   const float* exponentials;
-  std::size_t begin, end;     // columns to scan
-  const std::size_t* barred;  // those of them that are not proposed, ascending; then one >= end
+  std::size_t begin, end;  // columns to scan
+  const std::size_t* own;  // those of them that are not proposed, ascending; then one >= end
   std::int32_t burn_in;
   std::int32_t* counts;  // per column
+  float* sums;           // scratch of end + kMostLanes
 };
 
 // The state of a chain, which goes on from row to row, and what it did in the last one.

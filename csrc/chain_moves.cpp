@@ -20,20 +20,28 @@ ChainKernel kernel() {
   return baseline::kScanRow;
 }
 
+// A thread's own.
+struct Scratch {
+  std::vector<std::size_t> own;
+  std::vector<float> sums;
+};
+
 // The columns that show the example itself, then one past the last.
 void find_own(const ChainMoves& job, std::size_t example, std::vector<std::size_t>& own) {
   own.clear();
-  for (const std::size_t first : {std::size_t{0}, job.columns / 2}) {
-    for (std::size_t k = 0; k < job.columns / 2; ++k) {
-      if (job.column_ids[k] == job.row_ids[example]) own.push_back(first + k);
-    }
+  const std::size_t half = job.columns / 2;
+  for (std::size_t k = 0; k < half; ++k) {
+    if (job.column_ids[k] == job.row_ids[example]) own.push_back(k);
   }
+  for (std::size_t k = 0, count = own.size(); k < count; ++k) own.push_back(half + own[k]);
   own.push_back(job.columns);
 }
 
 void move_example(const ChainMoves& job, std::size_t example, ChainKernel scan_row,
-                  std::vector<std::size_t>& own) {
+                  Scratch& scratch) {
+  auto& [own, sums] = scratch;
   find_own(job, example, own);
+  sums.resize(job.columns + kMostLanes);
   Chain chain = {};
   for (std::size_t view = 0; view < 2; ++view) {
     const std::size_t r = view * job.examples + example;
@@ -42,9 +50,10 @@ void move_example(const ChainMoves& job, std::size_t example, ChainKernel scan_r
                        .exponentials = job.exponentials + r * job.exponential_stride,
                        .begin = begin,
                        .end = end,
-                       .barred = &*std::lower_bound(own.begin(), own.end() - 1, begin),
+                       .own = &*std::lower_bound(own.begin(), own.end() - 1, begin),
                        .burn_in = job.burn_in[r],
-                       .counts = job.counts + r * job.columns};
+                       .counts = job.counts + r * job.columns,
+                       .sums = sums.data()};
     if (view == 0 || job.carry == Carry::kNone) {
       chain = {.column = -1, .score = job.held_scores[r], .held = 0, .accepted = 0, .proposed = 0};
     } else if (job.carry == Carry::kFresh) {
@@ -64,10 +73,10 @@ void move_example(const ChainMoves& job, std::size_t example, ChainKernel scan_r
 void chain_moves(const ChainMoves& job, std::size_t num_threads) {
   const std::size_t most = 2 * job.examples * job.columns / kPerThread;
   num_threads = std::clamp<std::size_t>(most, 1, std::max<std::size_t>(num_threads, 1));
-  std::vector<std::vector<std::size_t>> own(num_threads);
+  std::vector<Scratch> scratch(num_threads);
   const auto scan_row = kernel();
   for_each(job.examples, num_threads, [&](std::size_t example, std::size_t thread) {
-    move_example(job, example, scan_row, own[thread]);
+    move_example(job, example, scan_row, scratch[thread]);
   });
 }
 
