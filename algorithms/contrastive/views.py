@@ -1,4 +1,4 @@
-"""Two views of an image: fresh augmentations at each visit, or two that are made once."""
+"""Two views of an example: augmentations of an image, fresh or fixed, or the sides of a pair."""
 
 # Shapes: N examples, B images, C channels, H x W pixels.
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from gossamer.algorithms.contrastive.contrast import unit
 from gossamer.algorithms.contrastive.draws import Draws
-from gossamer.algorithms.contrastive.recipes import Recipe
+from gossamer.algorithms.contrastive.encoders import Projected
+from gossamer.algorithms.contrastive.recipe import Recipe
+from gossamer.algorithms.contrastive.text_encoders import PairModule
 from gossamer.algorithms.problems import Dataset
 from gossamer.runtime.random import Random
 
-__all__ = ["ImageViews"]
+__all__ = ["ImageViews", "PairViews"]
 
 _KEPT_BYTES = 256 << 20
 """Fixed views are kept where they take no more; else they are made anew at each visit."""
@@ -76,8 +78,8 @@ class ImageViews:
 
     def represent(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return what the encoder's last layers see (B, width), to be probed."""
-        found: Tensor = module.represent(*inputs)  # type: ignore[operator]  # an Encoder
-        return found
+        assert isinstance(module, Projected)
+        return module.represent(*inputs)
 
     def _augmented(
         self, images: Tensor, ids: Tensor, random: Random, name: str, step: int = 0, draw: int = 0
@@ -86,7 +88,7 @@ class ImageViews:
         return self.recipe.augment(_in_unit(images), draws).to(self.dtype)
 
     def _fixed(self, images: Tensor, ids: Tensor, view: int) -> Tensor:
-        shape = (*images.shape[1:-2], *self.recipe.size(*images.shape[-2:]))
+        shape = (*images.shape[1:-2], *self.recipe.view_size(*images.shape[-2:]))
         pixels = len(self.dataset) * torch.Size(shape).numel()
         if 2 * pixels * self.dtype.itemsize > _KEPT_BYTES:
             return self._augmented(images, ids, self.random, f"fixed-{view}")
@@ -97,6 +99,58 @@ class ImageViews:
                 kept[places] = self._augmented(found, places, self.random, f"fixed-{view}")
             self._kept[view] = kept
         return self._kept[view][ids.cpu()].to(images.device)
+
+
+@dataclass(frozen=True)
+class PairViews:
+    """The sides of pairs (a ``Contrast``): view 0 is the image, view 1 the caption's tokens.
+
+    Attributes:
+        dtype: of the images.
+    """
+
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def mode(self) -> Literal["pairs"]:
+        """Sides of pairs."""
+        return "pairs"
+
+    def view(
+        self,
+        inputs: tuple[Tensor, ...],
+        ids: Tensor,
+        view: int,
+        random: Random,
+        step: int,
+        draw: int,
+    ) -> tuple[Tensor, ...]:
+        """Return the images (B, C, H, W), or the tokens (B, T)."""
+        return self.evaluated(inputs, ids, view)
+
+    def held(self, inputs: tuple[Tensor, ...], ids: Tensor, view: int) -> tuple[Tensor, ...]:
+        """Return the images, or the tokens."""
+        return self.evaluated(inputs, ids, view)
+
+    def evaluated(self, inputs: tuple[Tensor, ...], ids: Tensor, view: int) -> tuple[Tensor, ...]:
+        """Return the images, or the tokens."""
+        return (inputs[1],) if view else self.plain(inputs)
+
+    def plain(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the images."""
+        return (_in_unit(inputs[0]).to(self.dtype),)
+
+    def embed(self, module: nn.Module, inputs: tuple[Tensor, ...], view: int) -> Tensor:
+        """Return the rows (B, dim) of a side's encoder, each of length 1."""
+        return unit(self._of(module).side(view)(*inputs))
+
+    def represent(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return the images' representation (B, width)."""
+        return self._of(module).image.represent(*inputs)
+
+    def _of(self, module: nn.Module) -> PairModule:
+        assert isinstance(module, PairModule)
+        return module
 
 
 def _in_unit(images: Tensor) -> Tensor:
