@@ -147,10 +147,16 @@ class _Photographs(Recipe):
 
     def _blurred(self, views: Tensor, deviation_B1: Tensor) -> Tensor:
         """Return them blurred, by a kernel of three deviations where the image is as wide."""
-        blur = load_package("kornia.filters", "contrastive").gaussian_blur2d
+        kernel = load_package("kornia.filters", "contrastive").get_gaussian_kernel1d
         reach = min(math.ceil(3 * self.blur[1]), min(views.shape[-2:]) - 1)
-        result: Tensor = blur(views, 2 * reach + 1, deviation_B1.expand(-1, 2))
-        return result
+        weights_BK = kernel(2 * reach + 1, deviation_B1)
+        # Term by term: the bits of a convolution depend on how many images it takes at once.
+        for dim, pad in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
+            padded, views = F.pad(views, pad, mode="reflect"), torch.zeros_like(views)
+            for k in range(2 * reach + 1):
+                weight = weights_BK[:, k, None, None, None]
+                views.addcmul_(padded.narrow(dim, k, views.shape[dim]), weight)
+        return views
 
 
 class SimCLR(_Photographs):
