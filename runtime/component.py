@@ -7,14 +7,15 @@ schema, its methods are what it does. State lives elsewhere (in the state that `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gossamer.runtime.errors import ConfigError, nearest
 
-__all__ = ["Component", "validate"]
+__all__ = ["Component", "choose", "validate"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -54,6 +55,32 @@ def validate(cls: type[T], values: dict[str, Any], where: str) -> T:
         return cls.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(cls, e, where) for e in error.errors())) from None
+
+
+def choose(given: object, known: Mapping[str, type[T]], where: str) -> T:
+    """Return the component that a user named: by its name, or by a section with name and fields.
+
+    Args:
+        given: what the user wrote, or the component itself.
+        known: name -> class.
+        where: the field, for the message (``task.scheme``).
+
+    Raises:
+        ConfigError: no such name, or a field of the section is wrong.
+    """
+    if isinstance(given, tuple(known.values())):
+        return cast(T, given)
+    values = {"name": given} if isinstance(given, str) else given
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise ConfigError(
+            f"{where}: must be one of {', '.join(known)}, or a section such as "
+            f"{{name: {next(iter(known))}}} with its fields, got {given!r}"
+        )
+    name = values["name"]
+    if name not in known:
+        kind = where.rpartition(".")[2]
+        raise ConfigError(f"{where}.name: unknown {kind} '{name}'{nearest(name, known)}")
+    return validate(known[name], values, where)
 
 
 def _is_number(annotation: Any) -> bool:

@@ -18,8 +18,8 @@ from gossamer.runtime.random import Random
 __all__ = ["Contrast", "ViewMode", "unit"]
 
 ViewMode = Literal["infinite", "finite", "pairs"]
-"""``infinite``: two fresh augmentations at each visit; ``finite``: two that never change; ``pairs``:
-the two sides of a pair, each of which is contrasted with the other side alone."""
+"""``infinite``: two fresh augmentations at each visit; ``finite``: two that never change;
+``pairs``: the two sides of a pair, each of which is contrasted with the other side alone."""
 
 
 class Contrast(Protocol):
@@ -75,4 +75,5 @@ class Contrast(Protocol):
 def unit(rows: Tensor) -> Tensor:
     """Return rows (B, dim), float32 at least, each divided by its length; zeros stay zeros."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    length: Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / length.clamp_min(torch.finfo(rows.dtype).tiny)

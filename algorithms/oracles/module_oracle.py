@@ -54,7 +54,9 @@ class ModuleOracle(Oracle):
         if self.compares != (problem.contrast is not None):
             raise ConfigError(
                 "oracle: contrastive needs a task that shows two views of its examples; use task: "
-                "contrastive" if self.compares else f"oracle: {self.name} needs a loss of single "
+                "contrastive"
+                if self.compares
+                else f"oracle: {self.name} needs a loss of single "
                 "examples, and those of this task are compared; use oracle: contrastive"
             )
         self._comm, self._problem = comm, problem

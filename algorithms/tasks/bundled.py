@@ -11,11 +11,12 @@ from sklearn import datasets
 
 from gossamer.algorithms.tasks.classification import ClassificationTask, Model, Table
 
-__all__ = ["BreastCancer", "Digits", "Wine"]
+__all__ = ["BreastCancer", "Digits", "Wine", "read_digits"]
 
 
 @cache
-def _digits() -> Table:
+def read_digits() -> Table:
+    """Return the 1,797 images of 8x8 in the order of the file, scaled by 1/16."""
     # Kept: scikit-learn reads numbers written out, which takes longer than many a small run.
     data = datasets.load_digits()
     return Table(data.images / 16, data.target.astype(np.int64))
@@ -40,7 +41,7 @@ class Digits(_Bundled):
 
     def read(self) -> tuple[Table, Table | None]:
         """Return the images, scaled by 1/16; no test set."""
-        return _digits(), None
+        return read_digits(), None
 
 
 class BreastCancer(_Bundled):

@@ -42,7 +42,12 @@ _TABLES = {".csv", ".tsv"}
 
 
 def load_splits(
-    dataset: str, subset: str | None, header: Sequence[str] = (), *, streaming: bool = False
+    dataset: str,
+    subset: str | None,
+    header: Sequence[str] = (),
+    *,
+    streaming: bool = False,
+    field: str = "task.dataset",
 ) -> dict[str, Any]:
     """Return the splits of a dataset by name; a single file is the split ``train``.
 
@@ -52,6 +57,7 @@ def load_splits(
         header: the columns of tables (.csv, .tsv) whose first line is a row already; each table of
             a folder is then the split of its name.
         streaming: read rows as they are asked for (``IterableDataset``), nothing before.
+        field: where the user named it, for the message.
 
     Raises:
         ConfigError: it cannot be found or read, ``header`` goes with no table, or ``streaming``
@@ -59,7 +65,7 @@ def load_splits(
     """
     datasets = load_package("datasets")
     path = find_data(dataset)
-    with explained("task.dataset", dataset):
+    with explained(field, dataset):
         if path is not None and (path.is_file() or header):
             files = {"train": path} if path.is_file() else _tables_of(path)
             suffixes = {suffix_of(file) for file in files.values()}
@@ -174,8 +180,8 @@ class Logits(nn.Module):
         return logits
 
 
-def load_package(name: str) -> Any:
-    """Return a package of the extra ``huggingface``.
+def load_package(name: str, extra: str = "huggingface") -> Any:
+    """Return a package of an extra.
 
     Raises:
         ConfigError: it is not installed.
@@ -184,7 +190,7 @@ def load_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"task: needs the package '{name}' ({error}); pip install 'gossamer[huggingface]'"
+            f"task: needs the package '{name}' ({error}); pip install 'gossamer[{extra}]'"
         ) from error
 
 

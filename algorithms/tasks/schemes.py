@@ -18,8 +18,8 @@ from gossamer.algorithms.low_rank.schemes import LowRank, ReLoRA, SLTrain, Spars
 from gossamer.algorithms.tasks.hub import load_package
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.algorithms.tasks.scheme import Scheme
-from gossamer.runtime.component import validate
-from gossamer.runtime.errors import ConfigError, nearest
+from gossamer.runtime.component import choose
+from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import Random
 
 __all__ = ["Full", "Head", "LoRA", "PrefixTuning", "PromptTuning", "Scheme", "SchemeField"]
@@ -167,26 +167,10 @@ _SCHEMES: dict[str, type[Scheme]] = {
 }
 
 
-def _named(given: object) -> object:
-    """Return the scheme of a name, or of a name with fields."""
-    if isinstance(given, Scheme):
-        return given
-    values = {"name": given} if isinstance(given, str) else given
-    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
-        raise ConfigError(
-            f"task.scheme: must be one of {', '.join(_SCHEMES)}, or a section such as "
-            f"{{name: lora, r: 8}}, got {given!r}"
-        )
-    name = values["name"]
-    if name not in _SCHEMES:
-        raise ConfigError(f"task.scheme.name: unknown scheme '{name}'{nearest(name, _SCHEMES)}")
-    return validate(_SCHEMES[name], values, "task.scheme")
-
-
 SchemeField = Annotated[
     Full | LoRA | PrefixTuning | PromptTuning | Head | SLTrain | LowRank | Sparse | ReLoRA,
     BeforeValidator(
-        _named,
+        lambda given: choose(given, _SCHEMES, "task.scheme"),
         json_schema_input_type=Literal["full", "lora", "prefix", "prompt", "head", "sparse"]
         | Full
         | LoRA
