@@ -1,4 +1,4 @@
-"""``negcache`` and ``full``: negatives of the whole training set, from old embeddings or new ones."""
+"""``negcache`` and ``full``: negatives of the whole training set, by old embeddings or new ones."""
 
 from __future__ import annotations
 

@@ -90,14 +90,16 @@ class _Neighbors(Exchange):
             columns.append(
                 Columns(
                     z=blocks.view(-1, 2, b, dim).transpose(0, 1).reshape(-1, dim),
-                    ids=_inserted(heard_ids.values[mine.to(z.device)], place, ids[i : i + 1]).flatten(),
+                    ids=_inserted(
+                        heard_ids.values[mine.to(z.device)], place, ids[i : i + 1]
+                    ).flatten(),
                     own=slice(place * b, place * b + b),
                 )
             )
         return columns
 
     def scatter(self, grads: list[Tensor], shape: torch.Size) -> Tensor:
-        comm, (local, _, b, dim) = self._comm, shape
+        comm, (_, _, b, dim) = self._comm, shape
         own, others = [], []  # messages are in the order of their targets, as the places are
         for grad, (_, place) in zip(grads, self._places, strict=True):
             blocks = grad.view(2, -1, b, dim).transpose(0, 1).reshape(-1, 2 * b * dim)

@@ -96,12 +96,10 @@ class EMC2(ContrastiveLoss):
                 self._store(visit, walk)
         return weights
 
-    def _walk(
-        self, visit: Visit, rows: Rows, slots: Tensor, keys: Keys, scores: Tensor
-    ) -> _Walk:
+    def _walk(self, visit: Visit, rows: Rows, slots: Tensor, keys: Keys, scores: Tensor) -> _Walk:
         """Offer each row the columns of the batch, one by one."""
         mode = self._setting.mode
-        b, width = len(rows.ids), rows.cosines.shape[1]
+        width = rows.cosines.shape[1]
         proposed = rows.valid.sum(dim=1)
         is_over = self.burn_in_until is not None and visit.step >= self.burn_in_until
         burnt = (proposed * (0.0 if is_over else self.burn_in) + 1e-9).floor().int()
@@ -112,11 +110,10 @@ class EMC2(ContrastiveLoss):
             rows.ids.to(rows.z.device),
             rows.columns.ids,
             scores,
-            record=burnt + 1 if as_released and mode != "infinite" else burnt,
+            burn_in=burnt + 1 if as_released and mode != "infinite" else burnt,
             raw=as_released and mode == "infinite",
-            carry=mode == "infinite",
-            fresh=self.score == "fresh",
-            columns=((width // 2, width), (0, width // 2)) if mode == "pairs" else None,
+            carry=self.score if mode == "infinite" else None,
+            columns=(range(width // 2, width), range(width // 2)) if mode == "pairs" else None,
         )
         states = (proposed - burnt).clamp_min(1)  # a row that nothing can be offered has no weight
         held = moves.held - burnt if as_released else moves.held

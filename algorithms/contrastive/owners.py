@@ -46,6 +46,6 @@ class Owners:
 
 
 def strided_shards(shards: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, ...]:
-    """Return ``count`` shards of the examples in ``shards``: example g lies in shard g mod count."""
+    """Return ``count`` shards of what ``shards`` hold: example g is in shard g mod count."""
     ids = np.sort(np.concatenate(shards))
     return tuple(ids[ids % count == k] for k in range(count))

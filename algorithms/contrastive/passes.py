@@ -21,6 +21,9 @@ __all__ = ["Passes"]
 
 Inputs = tuple[Tensor, ...]
 
+_LOOKS = 1 << 14
+"""Passes without a gradient draw other dropout masks than those with one."""
+
 
 @dataclass
 class _Pass:
@@ -96,13 +99,14 @@ class Passes:
         rows = []
         for number, chunk in enumerate(chunks_of(inputs, self._chunk)):
             module = self._module_at(row, parameters)
-            with torch.no_grad(), self._around(row, -1 - number):
+            with torch.no_grad(), self._around(row, _LOOKS + number):
                 rows.append(self._contrast.embed(module, chunk, view))
         return torch.cat(rows)
 
     def backward(self, made: range, grad: Tensor) -> None:
         """Add to the row's gradient what ``grad`` (B, dim) of these passes' embeddings makes."""
-        for k, part in zip(made, grad.split([len(self._made[k].inputs[0]) for k in made])):
+        sizes = [len(self._made[k].inputs[0]) for k in made]
+        for k, part in zip(made, grad.split(sizes), strict=True):
             one = self._made[k]
             z, one.z = (self._run(one, True) if one.z is None else one.z), None
             z.backward(part.to(z.dtype))
