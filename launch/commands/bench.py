@@ -16,6 +16,7 @@ from gossamer.launch.commands.bench_options import (
     Warmup,
     integers,
 )
+from gossamer.launch.commands.bench_contrastive import contrastive
 from gossamer.launch.commands.bench_pretraining import low_rank, memory, pretraining
 from gossamer.launch.commands.bench_private import private, release
 from gossamer.launch.commands.bench_zo import zo
@@ -188,6 +189,7 @@ def ddp(
     return 0
 
 
+app.command()(contrastive)
 app.command()(private)
 app.command()(release)
 app.command()(low_rank)
