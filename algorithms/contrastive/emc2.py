@@ -66,8 +66,10 @@ class EMC2(ContrastiveLoss):
         b, width = len(rows.ids), rows.cosines.shape[1]
         random = self._setting.comm.seed
         stream = random.stream("chain", rows.ids.tolist(), visit.step, visit.draw)
-        drawn = stream.uniform_(torch.empty(b, 2 * width))
-        return torch.cat([drawn[:, :width], drawn[:, width:]])
+        drawn = torch.empty(2 * b, width)
+        for view, half in enumerate(drawn.split(b)):
+            stream.uniform_(half, begin=view * width)
+        return drawn
 
     def weigh(self, visit: Visit) -> list[Weights]:
         """Move the chains and return the shares of their states."""

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
@@ -182,5 +183,5 @@ class ContrastiveLoss(Component, ABC):
 
 def last_of_each(ids: Tensor) -> Tensor:
     """Return the places in ids (b,) where each value stands for the last time, ascending."""
-    last = {int(value): place for place, value in enumerate(ids)}
-    return torch.tensor(sorted(last.values()), dtype=torch.int64)
+    _, from_the_end = np.unique(ids.numpy()[::-1], return_index=True)
+    return torch.from_numpy(np.sort(len(ids) - 1 - from_the_end))

@@ -84,7 +84,8 @@ class ContrastiveModel:
             ConfigError: the encoder's package, or the data, are not there.
         """
         encoder = {"name": self.encoder, "dim": self.dim}
-        task = validate(find("task", "contrastive"), {"data": self.data, "encoder": encoder}, "task")
+        fields = {"data": self.data, "encoder": encoder}
+        task = validate(find("task", "contrastive"), fields, "task")
         problem: Problem = task.build(1, 0)
         return problem
 
@@ -200,9 +201,7 @@ class _Scan:
         return BETA * ((weights * cosines).sum(dim=1) - attracted).mean()
 
 
-def scan(
-    scores: Tensor, exponentials: Tensor, held: Tensor, burn_in: int
-) -> tuple[Tensor, Tensor]:
+def scan(scores: Tensor, exponentials: Tensor, held: Tensor, burn_in: int) -> tuple[Tensor, Tensor]:
     """Return how often each column was recorded, (2, B, 2B), and the states' scores at the end.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gossamer.launch.commands.bench_contrastive import contrastive
 from gossamer.launch.commands.bench_options import (
     Dtype,
     Factor,
@@ -16,7 +17,6 @@ from gossamer.launch.commands.bench_options import (
     Warmup,
     integers,
 )
-from gossamer.launch.commands.bench_contrastive import contrastive
 from gossamer.launch.commands.bench_pretraining import low_rank, memory, pretraining
 from gossamer.launch.commands.bench_private import private, release
 from gossamer.launch.commands.bench_zo import zo
