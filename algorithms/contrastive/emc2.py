@@ -119,25 +119,26 @@ class EMC2(ContrastiveLoss):
         )
         states = (proposed - burnt).clamp_min(1)  # a row that nothing can be offered has no weight
         held = moves.held - burnt if as_released else moves.held
+        held_share = held.clamp_min(0) / states
         return _Walk(
             rows=rows,
             slots=slots,
             keys=keys,
             moves=moves,
-            share=moves.counts / states[:, None],
-            held_share=held.clamp_min(0) / states,
+            share=moves.counts.float().div_(states[:, None]),
+            held_share=held_share,
             figures={
                 "acceptance": float(moves.accepted.sum() / proposed.sum().clamp_min(1)),
-                "held_share": float((held.clamp_min(0) / states).mean()),
+                "held_share": float(held_share.mean()),
                 "chain_age": self._age(visit, rows, slots, keys),
             },
         )
 
     def _age(self, visit: Visit, rows: Rows, slots: Tensor, keys: Keys) -> float:
         """Return for how many steps the states carried in have stood, on average; 0: none has."""
-        standing = (keys >= 0).nonzero().flatten()
-        since = self._since[rows.place][slots[standing]]
-        return float((visit.step - since).double().mean()) if len(standing) else 0.0
+        standing = keys >= 0
+        ages = (visit.step - self._since[rows.place][slots]) * standing
+        return float(ages.sum() / standing.sum().clamp_min(1))
 
     def _store(self, visit: Visit, walk: _Walk) -> None:
         """Keep the states; of an example that stands in the batch twice, the last one's."""

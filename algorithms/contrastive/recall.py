@@ -67,8 +67,14 @@ class Recalls:
         self._orders: list[list[tuple[Tensor, list[int]]]] = []
 
     def __call__(self, keys: Sequence[Keys]) -> tuple[int, list[Tensor]]:
-        """Return the number of this recall, and embeddings (k_i, dim) of ``keys[i]`` (k_i,)."""
+        """Return the number of this recall, and embeddings (k_i, dim) of ``keys[i]`` (k_i,).
+
+        The number is -1 where a process that hosts all ranks sees that none asks: nothing is to
+        come back then.
+        """
         comm, orders, requests = self._comm, [], []
+        if comm.transport.processes == 1 and not any(len(wanted) for wanted in keys):
+            return -1, [torch.empty(0, self._dim, device=comm.device) for _ in keys]
         for wanted in keys:
             owners = self._owners.of(wanted.cpu() // 2)
             order = torch.argsort(owners, stable=True)
