@@ -16,8 +16,8 @@ def contrastive(
     encoder: Annotated[str, typer.Option(help="mlp or resnet18.")] = "mlp",
     dims: Annotated[str, typer.Option(help="Of an embedding, by commas.")] = "32,128",
     batch: Annotated[int, typer.Option(min=2, help="Examples of a step.")] = 256,
-    iters: Iters = 51,
-    warmup: Warmup = 10,
+    iters: Iters = 21,
+    warmup: Warmup = 3,
     as_json: Json = False,
 ) -> int:
     """A step of EMC^2 beside SimCLR in plain torch, our other losses, a Python scan and LibAUC."""
