@@ -61,8 +61,7 @@ def _facts(runs: Sequence[RunRecord]) -> str:
 
     versions = [f"{k} {each('versions', k, of='summary')}" for k in ("gossamer", "python", "torch")]
     tasks = _distinct(
-        ", ".join(str(v) for v in (_at(r.config, ("task", k)) for k in _TASK) if v is not None)
-        for r in runs
+        ", ".join(_in_words(v) for k in _TASK if (v := _at(r.config, ("task", k)))) for r in runs
     )
     processes = each("processes", of="summary")
     facts = {
@@ -83,7 +82,14 @@ def _facts(runs: Sequence[RunRecord]) -> str:
     )
 
 
-_TASK = ("name", "model", "heterogeneity")
+_TASK = ("name", "data", "model", "scheme", "encoder", "heterogeneity")
+
+
+def _in_words(value: Any) -> str:
+    """Return a field as text, a section by its name or as its fields."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return str(value.get("name") or ", ".join(f"{k} {v}" for k, v in value.items()))
 
 
 def _at(values: Any, path: Iterable[str]) -> Any:
