@@ -1,60 +1,24 @@
 """The contrastive task: what it builds of digits and MNIST, and the figures of its evaluation."""
 
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from contrastive_for_tests import build, evaluate, rows_of, written_out
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
-from test_global_loss import written_out
 from thread_ranks import on_processes
 
 from gossamer.algorithms.contrastive import evaluation
-from gossamer.algorithms.evaluation import Evaluator
-from gossamer.algorithms.registry import find
 from gossamer.algorithms.tasks.files import DATA_VARIABLE
 from gossamer.runtime.collectives import RankGroup
-from gossamer.runtime.component import validate
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import Random
-from gossamer.runtime.rows import RowLayout
 from gossamer.runtime.transports.stacked import StackedTransport
 
 FINITE = {"mode": "finite", "recipe": "digits"}
 SMALL = {"examples": 30, "views": FINITE, "encoder": {"name": "mlp", "hidden": [8], "dim": 4}}
-
-
-def build(n=3, seed=0, **fields):
-    values = {"name": "contrastive", **fields}
-    return validate(find("task", "contrastive"), values, "task").build(n, seed)
-
-
-def rows_of(problem, n, scale=0.1):
-    """Return (n, d) different rows around the module's own, and the layout."""
-    layout = RowLayout(problem.module)
-    row = layout.gather(problem.module, torch.empty(layout.d, dtype=layout.dtype))
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(n, layout.d, dtype=layout.dtype, generator=generator)
-    mask = layout.gather(ones_like(problem.module), torch.empty(layout.d, dtype=layout.dtype))
-    return row + scale * noise * mask, layout
-
-
-def ones_like(module):
-    """A module of the same parameters, all 1."""
-    holder = SimpleNamespace()
-    ones = [(name, torch.ones_like(p)) for name, p in module.named_parameters()]
-    holder.named_parameters = lambda: iter(ones)
-    return holder
-
-
-def evaluate(comm, problem, x, layout, **options):
-    oracle = SimpleNamespace(
-        weighting=None, layout=layout, backpropagates=True, examples_at_once=None
-    )
-    evaluator = Evaluator(comm, oracle, problem, **options)
-    return evaluator.evaluate(x[comm.ranks.start : comm.ranks.stop])
 
 
 def both_views(problem, ids):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from contrastive_for_tests import written_out
 from thread_ranks import on_processes
 
 from gossamer.algorithms.contrastive import global_loss
@@ -18,18 +19,6 @@ def embeddings(n, dim=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(2 * n, dim, dtype=torch.float64, generator=generator)
     return unit(rows).view(2, n, dim)
-
-
-def written_out(z, beta, pairs):
-    """Equation (1), a row at a time."""
-    views, n, _ = z.shape
-    total = 0.0
-    for v in range(views):
-        for i in range(n):
-            others = [z[w, k] for k in range(n) if k != i for w in ((1 - v,) if pairs else (0, 1))]
-            scores = beta * torch.stack(others) @ z[v, i]
-            total = total + scores.exp().sum().log() - beta * z[v, i] @ z[1 - v, i]
-    return total / (views * n)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
