@@ -35,6 +35,8 @@ COLUMNS = (
     "accuracy",
     "f1",
     "exact_match",
+    "knn1_accuracy",
+    "probe_accuracy",
     "epsilon",
     "grad_norm",
     "consensus",

@@ -23,7 +23,13 @@ from gossamer.algorithms.contrastive.views import ImageViews, PairViews
 from gossamer.algorithms.problems import Dataset, Problem, default_dtype
 from gossamer.algorithms.tasks.arrays import Subset
 from gossamer.algorithms.tasks.image_sources import ArrayImages, FolderImages, HubImages
-from gossamer.algorithms.tasks.images import DigitImages, ImageData, Images, MNISTImages
+from gossamer.algorithms.tasks.images import (
+    DigitImages,
+    ImageData,
+    Images,
+    MNISTImages,
+    PhotographImages,
+)
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.algorithms.tasks.pairs import Pairs
 from gossamer.algorithms.tasks.partition import ShardedTask
@@ -36,6 +42,7 @@ __all__ = ["Contrastive", "Views"]
 _SOURCES: dict[str, type[Component]] = {
     "digits": DigitImages,
     "mnist": MNISTImages,
+    "photographs": PhotographImages,
     "arrays": ArrayImages,
     "folder": FolderImages,
     "dataset": HubImages,
@@ -43,12 +50,13 @@ _SOURCES: dict[str, type[Component]] = {
 }
 
 SourceField = Annotated[
-    DigitImages | MNISTImages | ArrayImages | FolderImages | HubImages | Pairs,
+    DigitImages | MNISTImages | PhotographImages | ArrayImages | FolderImages | HubImages | Pairs,
     BeforeValidator(
         lambda given: choose(given, _SOURCES, "task.data"),
-        json_schema_input_type=Literal["digits", "mnist"]
+        json_schema_input_type=Literal["digits", "mnist", "photographs"]
         | DigitImages
         | MNISTImages
+        | PhotographImages
         | ArrayImages
         | FolderImages
         | HubImages
@@ -76,9 +84,9 @@ class Contrastive(ShardedTask):
 
     name: str = "contrastive"
     data: SourceField = DigitImages()
-    """Where the examples come from: `digits`, `mnist`, or a section: {name: arrays, path: FILE},
-    {name: folder, path: FOLDER, size: 96}, {name: dataset, dataset: NAME, size: 224}, or
-    {name: pairs, path: FILE}."""
+    """Where the examples come from: `digits`, `mnist`, `photographs`, or a section: {name: arrays,
+    path: FILE}, {name: folder, path: FOLDER, size: 96}, {name: dataset, dataset: NAME, size: 224},
+    or {name: pairs, path: FILE}."""
     views: Views = Views()
     """What the encoder sees of an image, such as {mode: finite, recipe: digits}. A pair is seen as
     it is: its views are its sides."""

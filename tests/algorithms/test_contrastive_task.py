@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from contrastive_for_tests import build, evaluate, rows_of, written_out
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.neighbors import KNeighborsClassifier
 from thread_ranks import on_processes
 
@@ -58,6 +58,23 @@ def test_mnist_is_8000_images_to_train_on_and_2000_to_test():
     x, layout = rows_of(problem, 2, scale=0)
     figures = problem.figures(RankGroup(2, StackedTransport()), layout, x, x[:1])
     assert figures["knn1_accuracy"] > 0.8  # chance is 0.1, pixels give 0.95
+
+
+def test_photographs_are_squares_of_the_two_whatever_the_seed():
+    fields = {"data": {"name": "photographs", "count": 20, "size": 32}, "heterogeneity": "sorted"}
+    problem = build(n=2, **fields)
+    (squares,) = problem.train[torch.arange(20)]
+    assert squares.shape == (20, 3, 32, 32)
+    assert squares.dtype == torch.uint8
+    assert problem.shards[0].tolist() == list(range(0, 20, 2))
+    for k, photograph in enumerate(load_sample_images().images):
+        windows = torch.tensor(photograph).permute(2, 0, 1).unfold(1, 32, 1).unfold(2, 32, 1)
+        candidates = (windows[:, :, :, 0, 0] == squares[k, :, :1, 0, None]).all(dim=0)
+        found = [windows[:, y, x] for y, x in candidates.nonzero().tolist()]
+        assert any(torch.equal(window, squares[k]) for window in found)
+    again = build(n=2, seed=5, **fields)
+    assert torch.equal(again.train[torch.arange(20)][0], squares)
+    assert len({square.sum().item() for square in squares}) == 20
 
 
 def test_a_problem_is_a_function_of_the_seed_alone():

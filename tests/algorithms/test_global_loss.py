@@ -29,7 +29,8 @@ def test_value_and_gradient_are_those_of_the_formula(monkeypatch, pairs, n, bloc
     expected = written_out(z, 3.0, pairs)
     expected.backward()
     at = z.detach()
-    sums = torch.cat([loss.log_sums(at, range(1)), loss.log_sums(at, range(1, n))], dim=1)
+    parts = [loss.negatives(at, range(1)), loss.negatives(at, range(1, n))]
+    sums = torch.cat(parts, dim=2)[:, 0]
     assert loss.value(at, sums) == pytest.approx(expected.item(), rel=1e-13)
     found = torch.cat([loss.gradient(at, sums, part) for part in (range(1), range(1, n))], dim=1)
     torch.testing.assert_close(found, z.grad, rtol=1e-12, atol=1e-14)
@@ -40,7 +41,7 @@ def test_value_and_gradient_are_those_of_the_formula(monkeypatch, pairs, n, bloc
 def test_equal_embeddings_have_the_loss_log_m_and_no_gradient_along_the_sphere(pairs, beta):
     n, loss = 6, GlobalLoss(beta, pairs)
     z = embeddings(1)[:1, :1].expand(2, n, 5).contiguous()
-    sums = loss.log_sums(z, range(n))
+    sums = loss.negatives(z, range(n))[:, 0]
     assert loss.collapsed(n) == math.log(5 if pairs else 10)
     assert loss.value(z, sums) == pytest.approx(loss.collapsed(n), abs=1e-12 * beta)
     toward = loss.gradient(z, sums, range(n))
@@ -65,9 +66,24 @@ def test_the_pairwise_cosine_is_the_mean_over_rows_and_their_negatives(pairs):
     assert GlobalLoss(1.0, pairs).pairwise_cosine(z) == pytest.approx(expected, rel=1e-13)
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_are_first_where_no_negative_scores_as_high_as_the_positive(pairs):
+    loss, n = GlobalLoss(2.0, pairs), 6
+    z = embeddings(n)
+    z[1, :3] = unit(z[0, :3] + 0.1 * z[1, :3])
+    right = 0
+    for v in (0, 1):
+        for i in range(n):
+            ways = (1 - v,) if pairs else (0, 1)
+            others = torch.stack([z[w, k] for w in ways for k in range(n) if k != i])
+            right += bool(z[v, i] @ z[1 - v, i] > (others @ z[v, i]).max())
+    assert 0 < right < 2 * n
+    assert loss.first(z, loss.negatives(z, range(n))[:, 1]) == pytest.approx(right / (2 * n))
+
+
 def test_a_beta_whose_exponential_overflows_does_no_harm():
     z, loss = embeddings(4), GlobalLoss(beta=1e4)
-    sums = loss.log_sums(z, range(4))
+    sums = loss.negatives(z, range(4))[:, 0]
     assert math.isfinite(loss.value(z, sums))
     assert loss.gradient(z, sums, range(4)).isfinite().all()
 
