@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from gossamer.algorithms.contrastive.encoders import MLP, EncoderField
@@ -105,11 +105,18 @@ class Contrastive(ShardedTask):
     probes: tuple[ProbeField, ...] | None = None
     """What evaluations learn from frozen representations: `knn`, `linear`, or such a section; None:
     `knn` where there are labelled test images, else nothing."""
-    probe_examples: int | None = Field(default=4096, ge=2, strict=True)
+    probe_examples: int = Field(default=4096, ge=0, strict=True)
     """At most so many examples, evenly spaced, have their exact loss computed by an evaluation, are
-    learnt from by its probes, and tested on; None: all."""
+    learnt from by its probes, and tested on; 0: all."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of images and parameters."""
+
+    @field_validator("probe_examples")
+    @classmethod
+    def _one_has_no_other(cls, count: int) -> int:
+        if count == 1:
+            raise ValueError("must be 2 at least, for one is compared with the others; 0: all")
+        return count
 
     @model_validator(mode="after")
     def _fields_have_an_effect(self) -> Self:
@@ -235,7 +242,7 @@ class Contrastive(ShardedTask):
         return Labelled(images.dataset, places, torch.from_numpy(images.labels)[places])
 
 
-def _spread(count: int, most: int | None) -> Tensor:
+def _spread(count: int, most: int) -> Tensor:
     """Return at most ``most`` of 0..count-1, evenly spaced: sorted examples keep their classes."""
     kept = min(count, most or count)
     return torch.arange(kept) * count // kept

@@ -188,7 +188,7 @@ def test_probe_examples_bounds_what_is_looked_at_evenly():
     assert len(figures.places) == len(figures.probing.train.places) == 100
     assert figures.places.tolist()[:3] == [0, 14, 28]
     assert len(set(figures.probing.test.labels.tolist())) == 10
-    assert len(build(probe_examples=None).figures.places) == 1440
+    assert len(build(probe_examples=0).figures.places) == 1440
 
 
 def test_training_on_the_views_lowers_the_exact_loss_below_the_collapsed_one():
@@ -232,6 +232,7 @@ def test_training_on_the_views_lowers_the_exact_loss_below_the_collapsed_one():
         ({"probes": ["knm"]}, r"task\.probes\.name: unknown probes 'knm'"),
         ({"text": "bag"}, r"task\.text: has no effect without pairs; leave it out"),
         ({"examples": 1}, r"task\.examples: must be greater than or equal to 2, got 1"),
+        ({"probe_examples": 1}, r"task\.probe_examples: must be 2 at least, .*, got 1"),
         ({"examples": 1441}, r"task\.examples: 'digits' has 1440 training examples, got 1441"),
         ({"test_examples": 5}, r"task\.test_examples: 'digits' brings 357 test examples"),
         ({"data": {"name": "mnist", "path": "/nowhere"}}, r"task\.data\.path: no file or folder"),
