@@ -100,6 +100,9 @@ class DataPlan:
         shards: per rank, int64 places in the training set to draw from; None: the problem's own.
         blocks: parts of each shard that take turns under ``poisson``, draw by draw, each at
             ``blocks`` times the rate. An example's block follows from its place in the shard.
+        parts: shards of each rank, consecutive ones of ``shards``: each is shuffled by itself and
+            gives as many examples of a batch, so that what all ranks draw together does not
+            depend on how many they are. Divides ``batch_size``.
     """
 
     batch_size: int
@@ -109,6 +112,7 @@ class DataPlan:
     seed_of: Callable[[int], int] | None = None
     shards: tuple[np.ndarray, ...] | None = None
     blocks: int = 1
+    parts: int = 1
 
 
 Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]

@@ -31,6 +31,7 @@ REGISTRY: dict[str, dict[str, str]] = {
     },
     "oracle": {
         "backprop": "oracles.backprop:Backprop",
+        "contrastive": "contrastive.contrastive:Contrastive",
         "disk": "privacy.disk:Disk",
         "doppler": "privacy.doppler:Doppler",
         "dp": "privacy.dp:DP",

@@ -75,8 +75,10 @@ class Sampler:
         self._random = Random(seed)
         self._shards = problem.shards if plan.shards is None else plan.shards
         self._is_stream = hasattr(problem.train, "draw")
+        self._size = plan.batch_size // plan.parts
         self._check()
-        self._groups = [] if self._is_stream else _group(self._shards, self._ranks)
+        owned = [rank * plan.parts + part for rank in self._ranks for part in range(plan.parts)]
+        self._groups = [] if self._is_stream else _group(self._shards, owned)
         self._epochs: dict[int, tuple[int, np.ndarray]] = {}
         self._whole: list[Batch] | None = None
 
@@ -92,14 +94,15 @@ class Sampler:
             return [self._fresh(step, draw, count) for draw in range(count)]
         if self._plan.sampling == "full":
             if self._whole is None:
-                self._whole = self._fetch([self._shards[rank] for rank in self._ranks])
+                self._whole = self._fetch(self._joined(self._shards, self._ranks))
             return [self._whole] * count
         places: list[np.ndarray] = []
         for draw in range(count):
             drawn: dict[int, np.ndarray] = {}
             for group in self._groups:
                 drawn.update(zip(group.rows, self._draw(group, step, draw, count), strict=True))
-            places += [drawn[row] for row in range(len(self._ranks))]
+            parts = [drawn[row] for row in range(len(drawn))]
+            places += self._joined(parts, range(len(self._ranks)))
         local = len(self._ranks)
         batches = self._fetch(places)
         return [
@@ -110,9 +113,16 @@ class Sampler:
             for draw in range(count)
         ]
 
+    def _joined(self, parts: Sequence[np.ndarray], ranks: Iterable[int]) -> list[np.ndarray]:
+        """Return, for each of ``ranks``, its consecutive ``parts`` as one."""
+        each = self._plan.parts
+        if each == 1:
+            return [parts[rank] for rank in ranks]
+        return [np.concatenate(parts[rank * each : (rank + 1) * each]) for rank in ranks]
+
     def _draw(self, group: _Group, step: int, draw: int, count: int) -> list[np.ndarray]:
         """Return the places in the dataset of one draw, per rank of the group."""
-        length, size = group.shards.shape[1], self._plan.batch_size
+        length, size = group.shards.shape[1], self._size
         if self._plan.sampling == "shuffle":
             return list(self._shuffled(group, (step * count + draw) * size))
         if self._plan.sampling == "replacement":
@@ -137,7 +147,7 @@ class Sampler:
 
     def _shuffled(self, group: _Group, first: int) -> np.ndarray:
         """Return samples ``first``.. of the endless sequence of epochs, (ranks, batch_size)."""
-        length, size = group.shards.shape[1], self._plan.batch_size
+        length, size = group.shards.shape[1], self._size
         parts = []
         for epoch in range(first // length, (first + size - 1) // length + 1):
             begin = max(first - epoch * length, 0)

@@ -106,6 +106,7 @@ NB_MODULE(_C, m) {
   bind_random(m);
   bind_sparse(m);
   bind_optimizers(m);
+  bind_chains(m);
   m.def("instruction_set", &gossamer::instruction_set, "The instruction set the kernels use here.");
   m.def(
       "built_with_cuda", [] { return gossamer::kCudaKernels; },

@@ -18,6 +18,7 @@ void bind_device(nanobind::module_& m);
 void bind_random(nanobind::module_& m);
 void bind_sparse(nanobind::module_& m);
 void bind_optimizers(nanobind::module_& m);
+void bind_chains(nanobind::module_& m);
 
 template <typename T>
 using Array =

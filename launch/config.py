@@ -135,16 +135,23 @@ class Experiment:
 
     def resolved(self) -> dict[str, Any]:
         """Return every field with its default filled in, for config.yaml."""
-        resolved = self.config.model_dump(exclude_none=True)
+
+        def dumped(part: BaseModel) -> dict[str, Any]:
+            return part.model_dump(exclude_none=True, by_alias=True)
+
+        resolved = dumped(self.config)
         resolved["ranks"] = self.n
-        resolved["task"] = self.task.model_dump(exclude_none=True)
-        resolved["algorithm"] = self.algorithm.model_dump(exclude_none=True)
-        stack = [layer.model_dump(exclude_none=True) for layer in oracle_layers(self.oracle())]
+        resolved["task"] = dumped(self.task)
+        resolved["algorithm"] = dumped(self.algorithm)
+        stack = [
+            layer.model_dump(exclude_none=True, by_alias=True)
+            for layer in oracle_layers(self.oracle())
+        ]
         for layer, section in zip(stack, self.oracle_sections(), strict=True):
             layer["name"] = section["name"] if ":" in section["name"] else layer["name"]
         resolved["oracle"] = stack if len(stack) > 1 else stack[0]
         if self.optimizer is not None:
-            resolved["optimizer"] = self.optimizer.model_dump(exclude_none=True)
+            resolved["optimizer"] = dumped(self.optimizer)
         for kind in ("task", "optimizer", "algorithm"):
             given = getattr(self.config, kind)
             if isinstance(given, dict) and ":" in str(given.get("name", "")):

@@ -132,6 +132,10 @@ CODED_BLOCK: int = 256
 
 def coded_adam(grad: int, direction: int, count: int, dtype: int, first: tuple[int, int, int, int, int], second: tuple[int, int, int, int, int], factors: Sequence[float], num_threads: int) -> None: ...
 
+def chain_moves(moves: tuple[int, int, tuple[int, int], tuple[int, int], int, int, Sequence[tuple[int, int]], int, int, int, Sequence[int]], num_threads: int) -> None: ...
+
+def chain_moves_cuda(moves: tuple[int, int, tuple[int, int], tuple[int, int], int, int, Sequence[tuple[int, int]], int, int, int, Sequence[int]], stream: int) -> None: ...
+
 def instruction_set() -> str:
     """The instruction set the kernels use here."""
 

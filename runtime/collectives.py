@@ -7,23 +7,17 @@ gathered. The bytes counted are those of that algorithm between ranks: 2 (n-1)/n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.runtime.native import DTYPES, Calls, Terms, weighted_sum
-from gossamer.runtime.placement import Placement
-from gossamer.runtime.relay import relay_steps
-from gossamer.runtime.shared_memory import counts_of
-from gossamer.runtime.traffic import Traffic
-from gossamer.runtime.transports.base import Transport
-from gossamer.runtime.transports.hybrid import HybridTransport
-from gossamer.runtime.work import Pending
+from gossamer.runtime.hosted_ranks import HostedRanks
+from gossamer.runtime.native import DTYPES, Terms, weighted_sum
 
 __all__ = ["RankGroup", "Reduction", "sum_rows"]
 
@@ -35,47 +29,8 @@ _DIRECT_BYTES = 64 << 10
 """A second exchange costs about as much as receiving this many bytes."""
 
 
-class RankGroup:
-    """The ranks of a run, of which this process hosts a contiguous block.
-
-    Attributes:
-        n: number of ranks.
-        ranks: those hosted here.
-        local: how many those are.
-        device: where rows live.
-        transport: how bytes move.
-        traffic: what was sent and how long it took.
-    """
-
-    def __init__(self, n: int, transport: Transport, *, timeout_s: float = 300.0) -> None:
-        self.transport = transport
-        self.placement = Placement(n, transport.processes)
-        self.n = n
-        self.ranks = self.placement.ranks(transport.process)
-        self.local = len(self.ranks)
-        self.device = transport.device
-        self._is_cpu = self.device.type == "cpu"
-        self.timeout_s = timeout_s
-        self.traffic = Traffic(self.local)
-        self.step = 0
-        self._shared = transport.shared
-        self._host_memory = transport.shared if self.device.type == "cpu" else None
-        alone = [[p] for p in range(transport.processes)]
-        hosts = transport.hosts if isinstance(transport, HybridTransport) else alone
-        self._relay = relay_steps(hosts, transport.process)
-        self._counts = counts_of(self.placement)
-        self._each = np.ones(self.local, np.int64)
-        self._only = lru_cache(maxsize=16)(
-            lambda row: np.eye(1, self.local, row, dtype=np.int64)[0]
-        )
-        self._scratch_rows: dict[torch.dtype, Tensor] = {}
-        self._calls: Calls | None = None
-        if self._host_memory is not None:
-            self._calls = self._host_memory.calls(self._counts)
-            self.traffic.take = self._calls.take
-        self._last: Pending[Any] | None = None
-
-    # --- collectives ------------------------------------------------------------------------
+class RankGroup(HostedRanks):
+    """Collectives over the ranks of a run."""
 
     def all_reduce(
         self, x: Tensor, op: Reduction = "sum", *, out: Tensor | None = None, count: bool = True
@@ -249,6 +204,63 @@ class RankGroup:
             out[:, columns] = part
         return out
 
+    def all_to_all_ragged(
+        self, messages: Sequence[Sequence[Tensor]], *, count: bool = True
+    ) -> list[list[Tensor]]:
+        """Return what every rank sent to each hosted one: a message per pair, of any length.
+
+        The lengths travel first: 8 bytes more per message, which are counted. What a rank sends to
+        itself costs nothing.
+
+        Args:
+            messages: ``messages[i][j]`` goes from hosted rank i (a row) to rank j: (m_ij,)
+                contiguous, of one dtype on every rank; m_ij may be 0. Kept.
+            count: whether the bytes are the algorithm's.
+
+        Returns:
+            ``received[i][j]``, (m_ji,), what rank j sent to hosted rank i.
+
+        Raises:
+            ValueError: there is not one message per hosted rank and rank, or one of another dtype,
+                shape or device; nothing was sent.
+        """
+        shape = [len(row) for row in messages]
+        if shape != [self.n] * self.local:
+            raise ValueError(
+                f"all_to_all_ragged: needs a message to each of {self.n} ranks from each of "
+                f"{self.local} hosted ones, got {shape}"
+            )
+        self._check_messages("all_to_all_ragged", [m for row in messages for m in row])
+        lengths = torch.tensor([[len(message) for message in row] for row in messages])
+        if count:
+            others = torch.ones_like(lengths)
+            others[range(self.local), list(self.ranks)] = 0
+            sizes = others * (8 + lengths * messages[0][0].itemsize)
+            self.traffic.messages_sent[:] += self.n - 1
+            self.traffic.bytes_sent[:] += sizes.sum(dim=1).numpy()
+        coming = self.all_to_all(lengths[..., None].to(self.device), count=False)[..., 0].tolist()
+        sends, receives, parts = [], [], []
+        for p in range(self.transport.processes):
+            theirs = self.placement.ranks(p)
+            # A peer's block arrives as [my rank, its rank], as mine goes as [its rank, my rank].
+            block = torch.cat([row[j] for j in theirs for row in messages])
+            if p != self.transport.process:
+                sends.append((p, block))
+                block = block.new_empty(sum(sum(row[theirs.start : theirs.stop]) for row in coming))
+                receives.append((p, block))
+            parts.append((theirs, block))
+        self._exchange(
+            [(p, block) for p, block in sends if len(block)],
+            [(p, block) for p, block in receives if len(block)],
+            "all_to_all_ragged",
+        )
+        received: list[list[Tensor]] = [[] for _ in messages]
+        for theirs, block in parts:
+            arrived = block.split([row[j] for row in coming for j in theirs])
+            for i, row in enumerate(received):
+                row += arrived[i * len(theirs) : (i + 1) * len(theirs)]
+        return received
+
     def reduce_scatter(self, x: Tensor, *, count: bool = True) -> Tensor:
         """Sum over ranks and keep one's own part: (local, n * m) -> (local, m).
 
@@ -278,86 +290,6 @@ class RankGroup:
         rows = self._gather_rows(row, "agreement check")
         return bool((rows == rows[0]).all().item())
 
-    # --- below the collectives --------------------------------------------------------------
-
-    def _width(self, operation: str, x: Tensor) -> int:
-        """Return m of x (local, m), which the kernels believe: it is checked here."""
-        if x.dim() != 2 or len(x) != self.local or x.is_cpu != self._is_cpu:
-            raise ValueError(
-                f"{operation}: x must be ({self.local}, m), one row per hosted rank, on "
-                f"{self.device}, got {tuple(x.shape)} on {x.device}"
-            )
-        return x.shape[1]
-
-    def _others(self) -> list[int]:
-        """Return the other processes, starting after this one so that not all call on 0 first."""
-        me, processes = self.transport.process, self.transport.processes
-        return [(me + k) % processes for k in range(1, processes)]
-
-    def _settle(self) -> None:
-        """Let an operation in flight finish first; here there is none."""
-
-    def _exchange(
-        self,
-        sends: Sequence[tuple[int, Tensor]],
-        receives: Sequence[tuple[int, Tensor]],
-        operation: str,
-    ) -> None:
-        if not sends and not receives:
-            return
-        with self.traffic.span("wait", operation, self.step):
-            where = f"step {self.step}: {operation}"
-            self.transport.exchange(sends, receives, where).wait(self.timeout_s)
-
-    def _finish(self, status: int, operation: str, begin: float) -> None:
-        """Count the time of a call to shared memory, and raise what its status stands for."""
-        self.traffic.spent("communicate", operation, self.step, begin)
-        self._check(status, operation)
-
-    def _check(self, status: int, operation: str) -> None:
-        if status != 0:
-            assert self._shared is not None
-            self._shared.check(status, f"step {self.step}: {operation}", self.timeout_s)
-
-    def _count(self, bytes_sent: int, messages: int, count: bool) -> None:
-        if count and self.n > 1:
-            self.traffic.count(self._each, messages, bytes_sent)
-
-    def _gather_rows(self, x: Tensor, operation: str, out: Tensor | None = None) -> Tensor:
-        if self.transport.processes == 1 and out is None:
-            return x.clone() if operation == "all_gather" else x
-        if out is None:
-            out = torch.empty(self.n, x.shape[1], dtype=x.dtype, device=x.device)
-        if self._host_memory is not None:
-            x = x if x.stride()[1] == 1 else x.contiguous()
-            self._settle()
-            begin = perf_counter()
-            status = self._host_memory.gather(x, out, self._counts, self.timeout_s)
-            self._finish(status, operation, begin)
-            return out
-        x = x.contiguous()
-        out[self.ranks.start : self.ranks.stop] = x
-        blocks = {self.transport.process: x}
-        for p in self._others():
-            ranks = self.placement.ranks(p)
-            blocks[p] = out[ranks.start : ranks.stop]
-        self._spread(blocks, operation)
-        return out
-
-    def _spread(self, blocks: Mapping[int, Tensor], operation: str) -> None:
-        """Bring blocks to every process; each crosses to another host once.
-
-        Args:
-            blocks: contiguous, by the process that has it; filled on the others.
-            operation: for messages.
-        """
-        for sends, receives in self._relay:
-            self._exchange(
-                [(peer, blocks[p]) for peer, p in sends if p in blocks],
-                [(peer, blocks[p]) for peer, p in receives if p in blocks],
-                operation,
-            )
-
     def _gathers_whole(self, row_bytes: int) -> bool:
         """Say whether all rows, gathered and summed by everyone, cost less than two exchanges."""
         processes = self.transport.processes
@@ -375,37 +307,6 @@ class RankGroup:
         )
         sum_rows(rows, mine)
         self._spread({p: out[0, slices[p]] for p in range(processes)}, "all_reduce (gather)")
-
-    def _swap(self, sent: Callable[[int], Tensor], own: Tensor, operation: str) -> list[Tensor]:
-        """Send ``sent(p)`` to every other process p; return all rows by process, ``own`` included.
-
-        What was received lies in scratch: it lasts until the next call.
-        """
-        rows = self._scratch_blocks(own)
-        others = self._others()
-        sends = [(p, sent(p)) for p in others]
-        self._exchange(sends, [(p, rows[p]) for p in others], operation)
-        return rows
-
-    def _scratch_blocks(self, own: Tensor) -> list[Tensor]:
-        """Return scratch for every process's rows, as wide as ``own``, which is this process's."""
-        blocks = [own] * self.transport.processes
-        width, at = own.shape[1], 0
-        scratch = self._received_rows((self.n - self.local) * width, own)
-        for p in self._others():
-            rows = len(self.placement.ranks(p))
-            blocks[p] = scratch[at : at + rows * width].view(rows, width)
-            at += rows * width
-        return blocks
-
-    def _received_rows(self, size: int, like: Tensor) -> Tensor:
-        """Return ``size`` elements of scratch that is kept: fresh pages cost more than a sum."""
-        kept = self._scratch_rows.get(like.dtype)
-        if kept is None or len(kept) < size:
-            kept = self._scratch_rows[like.dtype] = torch.empty(
-                size, dtype=like.dtype, device=like.device
-            )
-        return kept
 
 
 def _check_out(operation: str, out: Tensor | None, shape: tuple[int, int], x: Tensor) -> None:

@@ -10,7 +10,7 @@ from gossamer.runtime.native import Terms
 from gossamer.runtime.placement import Placement
 from gossamer.topologies import Round
 
-__all__ = ["ExchangePlan", "plan_exchange"]
+__all__ = ["ExchangePlan", "ReturnPlan", "plan_exchange", "plan_return"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,60 @@ def plan_exchange(round_: Round, placement: Placement, process: int) -> Exchange
         targets=targets,
         weights=weights,
         degree=np.bincount(round_.sources, minlength=round_.n)[first:last],
+    )
+
+
+@dataclass(frozen=True)
+class ReturnPlan:
+    """One process's part of a round run backwards: each message goes back to its source.
+
+    The table of rows is the messages of the in-edges of the hosted ranks, by target then source,
+    then those received.
+
+    Attributes:
+        sends: (peer, messages that go back to it, int64 ascending).
+        receives: (peer, how many come back from it), peers ascending: targets ascend too.
+        num_received: messages received in all.
+        num_edges: in-edges of the hosted ranks.
+        terms: per hosted rank the sum over its targets, ascending; every weight is 1.
+        degree: int64 (local,), messages each hosted rank sends.
+    """
+
+    sends: tuple[tuple[int, np.ndarray], ...]
+    receives: tuple[tuple[int, int], ...]
+    num_received: int
+    num_edges: int
+    terms: Terms
+    degree: np.ndarray
+
+
+def plan_return(round_: Round, placement: Placement, process: int) -> ReturnPlan:
+    """Work out what ``process`` does in ``round_`` run backwards; vectorised over edges."""
+    ranks = placement.ranks(process)
+    first, last = ranks.start, ranks.stop
+    begin, end = int(round_.indptr[first]), int(round_.indptr[last])
+    owners = placement.owner(round_.sources[begin:end])
+    peers = np.unique(owners[owners != process])
+
+    # Edges are by target, then source, at both ends of a pair of processes.
+    edges = np.flatnonzero((round_.sources >= first) & (round_.sources < last))
+    holders = placement.owner(round_.targets[edges])
+    away = holders != process
+    columns = np.where(away, end - begin + np.cumsum(away) - 1, edges - begin)
+    sources = round_.sources[edges] - first
+    counts = np.bincount(sources, minlength=len(ranks))
+    senders, coming = np.unique(holders[away], return_counts=True)
+    return ReturnPlan(
+        sends=tuple((int(peer), np.flatnonzero(owners == peer)) for peer in peers),
+        receives=tuple(zip(senders.tolist(), coming.tolist(), strict=True)),
+        num_received=int(away.sum()),
+        num_edges=end - begin,
+        terms=Terms(
+            indptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            columns=columns[np.argsort(sources, kind="stable")].astype(np.int64),
+            weights=np.ones(len(edges)),
+        ),
+        degree=np.diff(round_.indptr[first : last + 1]),
     )
 
 

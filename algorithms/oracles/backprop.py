@@ -22,7 +22,7 @@ from gossamer.algorithms.oracles.per_sample import PerSampleGradients
 from gossamer.algorithms.oracles.streaming import completion_order, streamed
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.runtime import Communicator, ConfigError, RanksDiffer, combine
-from gossamer.runtime.random import Random, derive_key
+from gossamer.runtime.random import derive_key
 from gossamer.runtime.rows import empty_rows
 
 __all__ = ["Backprop"]
@@ -193,22 +193,6 @@ class Backprop(ModuleOracle):
             self._seed_dropout(rank, draw)
             losses[i] = self._backward(x[i], grad[i], i, examples.inputs)
         return losses
-
-    def _seed_dropout(
-        self,
-        rank: int,
-        draw: int,
-        chunk: int = 0,
-        secret_of: Callable[[int], int] | None = None,
-    ) -> None:
-        """Count the masks of dropout, which come from torch's generator, like any other stream."""
-        draw = draw + (chunk << 16)  # a chunk of the batch repeats its masks at every point
-        random = self._comm.seed if secret_of is None else Random(secret_of(rank))
-        seed = random.stream("dropout", (rank,), self._comm.step, draw).seed()
-        # Not torch.manual_seed: where no GPU was used yet it formats a stack (milliseconds).
-        torch.default_generator.manual_seed(seed)
-        if self._comm.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
     def _backward(
         self,

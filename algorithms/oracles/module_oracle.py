@@ -5,6 +5,7 @@ The module exists once per process; its parameters become views of the row at ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -16,6 +17,7 @@ from gossamer.algorithms.oracles.buffers import BufferRows
 from gossamer.algorithms.problems import DataPlan, Problem, RankBatches
 from gossamer.algorithms.protocols import Oracle
 from gossamer.runtime import Communicator, ConfigError, RowLayout
+from gossamer.runtime.random import Random
 
 __all__ = ["ModuleOracle", "chunks_of"]
 
@@ -147,6 +149,22 @@ class ModuleOracle(Oracle):
         total = self._problem.weigh(inputs)
         # The mean loss over no token is nan, which a share of 0 would not undo.
         return [(c, w / total) for c, w in zip(chunks, weights, strict=True) if w > 0]
+
+    def _seed_dropout(
+        self,
+        rank: int,
+        draw: int,
+        chunk: int = 0,
+        secret_of: Callable[[int], int] | None = None,
+    ) -> None:
+        """Count the masks of dropout, which come from torch's generator, like any other stream."""
+        draw = draw + (chunk << 16)  # a chunk of the batch repeats its masks at every point
+        random = self._comm.seed if secret_of is None else Random(secret_of(rank))
+        seed = random.stream("dropout", (rank,), self._comm.step, draw).seed()
+        # Not torch.manual_seed: where no GPU was used yet it formats a stack (milliseconds).
+        torch.default_generator.manual_seed(seed)
+        if self._comm.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _cast(self) -> torch.autocast:
         enabled = self.autocast == "bfloat16"

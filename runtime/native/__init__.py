@@ -1,5 +1,6 @@
 """The compiled kernels behind argument checks."""
 
+from gossamer.runtime.native.chains import Moves, chain_moves
 from gossamer.runtime.native.codes import CODED_BLOCK, Codebook, CodedMoment, coded_adam
 from gossamer.runtime.native.compiled import (
     ALIGNMENT,
@@ -60,6 +61,7 @@ __all__ = [
     "Direction",
     "Exchange",
     "Group",
+    "Moves",
     "Piece",
     "Support",
     "Terms",
@@ -68,6 +70,7 @@ __all__ = [
     "add_sparse_product",
     "add_sparse_product_back",
     "build_info",
+    "chain_moves",
     "coded_adam",
     "combine",
     "fill",

@@ -6,6 +6,7 @@ And over device memory, which is threads' here.
 import pytest
 import torch
 from device_worker import InStep
+from messages_worker import every_pair, there_and_back
 
 from gossamer.runtime import Communicator, StackedTransport, open_transport
 from gossamer.runtime.collectives import RankGroup
@@ -117,6 +118,15 @@ def test_messages_of_different_lengths_arrive_whole(graph, transport):
     assert torch.equal(messages.source, expected.source[mine])
     here = slice(comm.ranks.start, comm.ranks.stop)
     assert comm.traffic.bytes_sent.tolist() == (3 * stacked.traffic.bytes_sent[here]).tolist()
+
+
+def test_every_rank_gets_the_message_meant_for_it(transport):
+    every_pair(transport)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_gathered_messages_find_their_way_back(graph, transport):
+    there_and_back(transport, graph)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -1,0 +1,411 @@
+"""``contrastive``: gradients of comparisons between examples, whose embeddings cross ranks.
+
+Every rank embeds two views of its own examples, all embeddings come to every rank (or those of the
+neighbours do), each rank weighs and differentiates the terms of its own rows, and gradients of
+embeddings go back to who made them: a reduce-scatter. With f_i the mean over rank i's rows, a row
+of ``grad`` is the gradient of sum_j f_j along the rank's own parameters: its mean over ranks is
+that of the mean of f, and with all-reduce a step is that of one process with the batch of all, to
+rounding. Nothing has to be multiplied by the number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, Field, PrivateAttr
+from torch import Tensor, nn
+
+from gossamer.algorithms.contrastive.cache import Full, NegCache
+from gossamer.algorithms.contrastive.columns import Exchange, exchange
+from gossamer.algorithms.contrastive.contrast import Contrast
+from gossamer.algorithms.contrastive.emc2 import EMC2
+from gossamer.algorithms.contrastive.in_batch import DCL, SimCLR
+from gossamer.algorithms.contrastive.losses import (
+    ContrastiveLoss,
+    Keys,
+    Rows,
+    Setting,
+    Visit,
+)
+from gossamer.algorithms.contrastive.moco import MoCo
+from gossamer.algorithms.contrastive.owners import Owners, strided_shards
+from gossamer.algorithms.contrastive.passes import Passes
+from gossamer.algorithms.contrastive.recall import Encode, Recalls
+from gossamer.algorithms.contrastive.sogclr import ISogCLR, SogCLR
+from gossamer.algorithms.contrastive.terms import differentiated, figures_of
+from gossamer.algorithms.estimates import Estimate, Sink
+from gossamer.algorithms.oracles.module_oracle import ModuleOracle
+from gossamer.algorithms.problems import Batch, DataPlan, Dataset, Problem, RankBatches
+from gossamer.runtime import Communicator, ConfigError, combine
+from gossamer.runtime.component import choose
+
+__all__ = ["Contrastive"]
+
+log = logging.getLogger(__name__)
+
+_LOSSES: dict[str, type[ContrastiveLoss]] = {
+    "emc2": EMC2,
+    "simclr": SimCLR,
+    "dcl": DCL,
+    "sogclr": SogCLR,
+    "isogclr": ISogCLR,
+    "moco": MoCo,
+    "negcache": NegCache,
+    "full": Full,
+}
+
+LossField = Annotated[
+    EMC2 | SimCLR | DCL | SogCLR | ISogCLR | MoCo | NegCache | Full,
+    BeforeValidator(
+        lambda given: choose(given, _LOSSES, "oracle.loss"),
+        json_schema_input_type=Literal[
+            "emc2", "simclr", "dcl", "sogclr", "isogclr", "moco", "negcache", "full"
+        ]
+        | EMC2
+        | SimCLR
+        | DCL
+        | SogCLR
+        | ISogCLR
+        | MoCo
+        | NegCache
+        | Full,
+    ),
+]
+
+
+class Contrastive(ModuleOracle):
+    """Gradients of a contrastive loss over the batch of all ranks."""
+
+    name: Literal["contrastive"] = "contrastive"
+    criterion: LossField = Field(default=EMC2(), alias="loss")
+    """`emc2`, `simclr`, `dcl`, `sogclr`, `isogclr`, `moco`, `negcache`, `full`, or such a section:
+    {name: emc2, beta: 14.28, burn_in: 0.5}."""
+    negatives: Literal["all", "neighbors"] = "all"
+    """With whose embeddings a rank's are compared: those of `all` ranks, or of the `neighbors` it
+    hears in round t. Neighbours that never change offer a rank only their own examples; a topology
+    whose rounds reach all ranks, such as one_peer_exponential, offers all in turn."""
+    shards: int | None = Field(default=None, ge=1)
+    """Cut the data into so many fixed shards (example g in shard g mod shards), shuffled one by
+    one, of which each rank owns an equal part: then neither a batch nor its chains depend on the
+    number of ranks. A multiple of the ranks, and a divisor of the examples of all ranks' batches.
+    None: the task's own split."""
+
+    compares: ClassVar[bool] = True
+
+    _contrast: Contrast = PrivateAttr()
+    _owners: Owners = PrivateAttr()
+    _exchange: Exchange = PrivateAttr()
+    _row: Tensor | None = PrivateAttr(default=None)
+
+    def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
+        """Lay out the module, and find out who owns which example."""
+        super().setup(comm, problem)
+        assert problem.contrast is not None
+        self._contrast = problem.contrast
+        _refuse_shared_statistics(problem.module)
+        shards, parts = problem.shards, 1
+        if self.shards is not None:
+            parts = self._parts_of(comm.n)
+            shards = strided_shards(problem.shards, self.shards)
+        self._owners = Owners(shards, parts, len(cast(Dataset, problem.train)))
+        batch = self._local_batch(shards, parts)
+        if comm.n * batch < 2:
+            raise ConfigError(
+                "oracle.batch_size: a batch of 1 example has nothing to compare it with; use 2 or "
+                "more"
+            )
+        if self.negatives == "neighbors":
+            self._require_neighbors(comm)
+        self._exchange = exchange(comm, self.negatives)
+        self.criterion.setup(Setting(comm, self._owners, self._contrast.mode, batch))
+        if problem.figures is not None and hasattr(problem.figures, "beta"):
+            problem.figures.beta = self.criterion.beta
+        return DataPlan(
+            batch_size=self.batch_size,
+            sampling=self.sampling,
+            indices=True,
+            shards=shards,
+            parts=parts,
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        *,
+        combine: Sequence[tuple[float, Tensor]] | None = None,
+        sink: Sink | None = None,
+    ) -> Estimate:
+        """Return each rank's row of the gradient; it is reused.
+
+        The loss is the surrogate whose gradient it is. Of ``combine`` every point is estimated with
+        the same views and the same numbers from the same states, which move once, as at x.
+        """
+        draw = self._next_draw()
+        if combine is None:
+            estimate = self._estimate(x, batch, draw, self._grad, advances=True)
+        else:
+            estimate = self._combined(x, batch, draw, combine)
+        if sink is not None:
+            for s in self._layout.slices:
+                sink(slice(s.begin, s.end), estimate.grad[:, s.begin : s.end])
+            estimate.grad = None
+        return estimate
+
+    def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
+        """Return the means of (1) over each rank's rows, with the batch's negatives, (local,)."""
+        passes = self._passes(x, None, self._calls[1])
+        beta, losses = self.criterion.beta, []
+        for rows in self._compared(batch, self._embedded(passes, batch, self._calls[1])[0]):
+            scores = (beta * rows.cosines).masked_fill(~rows.valid, -torch.inf)
+            own = rows.cosines.gather(1, rows.positives[:, None])[:, 0]
+            losses.append((torch.logsumexp(scores, dim=1) - beta * own).double().mean().cpu())
+        return torch.stack(losses)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the buffers, and what the loss remembers of examples."""
+        of_loss = {f"loss.{name}": rows for name, rows in self.criterion.state_dict().items()}
+        return {**super().state_dict(), **of_loss}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take them back."""
+        super().load_state_dict(state)
+        mine = {k.removeprefix("loss."): v for k, v in state.items() if k.startswith("loss.")}
+        self.criterion.load_state_dict(mine)
+
+    # --- one estimate -------------------------------------------------------------------------
+
+    def _estimate(
+        self, x: Tensor, batch: RankBatches, draw: int, grad: Tensor, *, advances: bool
+    ) -> Estimate:
+        """Write the gradients at x (local, d) into ``grad``."""
+        comm, passes = self._comm, self._passes(x, grad.zero_(), draw)
+        z, made = self._embedded(passes, batch, draw)
+        rows = self._compared(batch, z)
+        dim = z.shape[-1]
+        recalls = Recalls(comm, self._owners, dim, self._encoder(passes), passes.backward)
+        visit = Visit(
+            x=x,
+            rows=rows,
+            step=comm.step,
+            draw=draw,
+            advances=advances,
+            recall=recalls,
+            look=partial(self._look, passes),
+            look_at_batch=partial(self._look_at_batch, passes, batch, draw),
+        )
+        weights = self.criterion.weigh(visit)
+        terms = [differentiated(r, w) for r, w in zip(rows, weights, strict=True)]
+        grads = torch.stack([t.rows for t in terms]).view(z.shape)
+        if terms[0].columns is not None:
+            of_columns = [t.columns for t in terms if t.columns is not None]
+            back = self._exchange.scatter(of_columns, z.shape)
+            grads = combine([(1.0, grads.flatten(1)), (1.0, back.flatten(1))]).view(z.shape)
+        for one, of_rank in zip(grads.flatten(1, 2), made, strict=True):
+            for part, of_pass in zip(one.split(len(one) // len(of_rank)), of_rank, strict=True):
+                passes.backward(of_pass, part)
+        for number in range(len(recalls)):
+            nothing = z.new_zeros(0, dim)  # to a rank that asked for none
+            recalls.backward(number, [t.recalled.get(number, nothing) for t in terms])
+        return Estimate(
+            loss=torch.stack([t.loss for t in terms]),
+            grad=grad,
+            weight=torch.full((comm.local,), float(z.shape[2]), dtype=torch.float64),
+            metrics=figures_of(rows, weights),
+        )
+
+    def _combined(
+        self,
+        x: Tensor,
+        batch: RankBatches,
+        draw: int,
+        points: Sequence[tuple[float, Tensor]],
+    ) -> Estimate:
+        """Return the combination over ``points``; states move as at x, after all of them."""
+        total = torch.zeros_like(self._grad)
+        here = None
+        for c, point in sorted(points, key=lambda p: p[1] is x):
+            found = self._estimate(point, batch, draw, self._grad, advances=point is x)
+            combine([(1.0, total), (c, self._grad)], out=total)
+            here = found if point is x else here
+        if here is None:
+            here = self._estimate(x, batch, draw, self._grad, advances=True)
+        self._grad.copy_(total)
+        return here
+
+    def _embedded(
+        self, passes: Passes, batch: RankBatches, draw: int
+    ) -> tuple[Tensor, list[list[range]]]:
+        """Return embeddings (local, 2, b, dim), and each rank's passes: one, or one per side."""
+        z, made = [], []
+        for i, each in enumerate(batch):
+            found = [passes.embed(i, *part) for part in self._views(each, draw)]
+            z.append(torch.cat([embedded for embedded, _ in found]))
+            made.append([of_pass for _, of_pass in found])
+        rows = torch.stack(z)
+        return rows.view(len(z), 2, -1, rows.shape[-1]), made
+
+    def _views(self, batch: Batch, draw: int) -> list[tuple[tuple[Tensor, ...], int]]:
+        """Return the encoder's inputs and side: both views at once, or each side of the pairs."""
+        assert batch.indices is not None
+        random, step = self._comm.seed, self._comm.step
+        device = self._comm.device
+        inputs = tuple(t.to(device) for t in batch.inputs)
+        views = [
+            self._contrast.view(inputs, batch.indices, view, random, step, draw) for view in (0, 1)
+        ]
+        if self._contrast.mode == "pairs":
+            return [(views[0], 0), (views[1], 1)]
+        return [(tuple(torch.cat(pair) for pair in zip(*views, strict=True)), 0)]
+
+    def _compared(self, batch: RankBatches, z: Tensor) -> list[Rows]:
+        """Bring embeddings (local, 2, b, dim) to who compares with them."""
+        ids = torch.stack([b.indices for b in batch if b.indices is not None])
+        device, found = self._comm.device, []
+        for i, columns in enumerate(self._exchange.gather(z, ids.to(device))):
+            b, count = ids.shape[1], len(columns.ids)
+            valid = (ids[i].to(device)[:, None] != columns.ids).repeat(2, 2)
+            if self._contrast.mode == "pairs":
+                valid[:b, :count] = valid[b:, count:] = False
+            own = torch.arange(columns.own.start, columns.own.stop, device=device)
+            found.append(
+                Rows(
+                    place=i,
+                    ids=ids[i],
+                    z=z[i].flatten(0, 1),
+                    columns=columns,
+                    cosines=z[i].flatten(0, 1) @ columns.z.T,
+                    valid=valid,
+                    positives=torch.cat([own + count, own]),
+                )
+            )
+        return found
+
+    # --- the encoder --------------------------------------------------------------------------
+
+    @property
+    def _grad(self) -> Tensor:
+        """The row for gradients, (local, d); every process asks for it at the same point."""
+        if self._row is None:
+            self._row = self._comm.alloc(self._layout.d, self._layout.dtype)
+        return self._row
+
+    def _passes(self, x: Tensor, grad: Tensor | None, draw: int) -> Passes:
+        """Return the passes of one call at x (local, d); ``grad`` None: none goes back."""
+
+        def module_at(i: int, row: Tensor | None) -> nn.Module:
+            mine = None if grad is None or row is not None else grad[i]
+            return self._module_at(x[i] if row is None else row, i, mine)
+
+        @contextmanager
+        def around(i: int, number: int) -> Iterator[None]:
+            self._seed_dropout(self._comm.ranks[i], draw, number)
+            with self._cast():
+                yield
+
+        return Passes(
+            self._contrast,
+            module_at,
+            around,
+            chunk=self.micro_batch_size,
+            keeps_graph=grad is not None and self._comm.n == self._comm.transport.processes,
+        )
+
+    def _encoder(self, passes: Passes) -> Encode:
+        """Return what encodes the examples of some keys, with a gradient to come."""
+
+        def encode(i: int, keys: Keys) -> list[tuple[Tensor, Tensor, range]]:
+            groups = []
+            for view, places, inputs in self._held(keys):
+                z, made = passes.embed(i, inputs, view)
+                groups.append((places, z, made))
+            return groups
+
+        return encode
+
+    def _look(self, passes: Passes, i: int, keys: Keys) -> Tensor:
+        """Return embeddings (k, dim) of the examples of some keys, without a gradient."""
+        parts = [(places, passes.look(i, inputs, v)) for v, places, inputs in self._held(keys)]
+        z = parts[0][1].new_empty(len(keys), parts[0][1].shape[1])
+        for places, part in parts:
+            z[places] = part
+        return z
+
+    def _look_at_batch(
+        self, passes: Passes, batch: RankBatches, draw: int, i: int, row: Tensor
+    ) -> Tensor:
+        """Return embeddings (2b, dim) of a rank's views by other parameters (d,)."""
+        views = self._views(batch[i], draw)
+        return torch.cat([passes.look(i, inputs, view, row) for inputs, view in views])
+
+    def _held(self, keys: Keys) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
+        """Yield, per view, the places among ``keys`` (k,) and the inputs of the encoder."""
+        train = cast(Dataset, self._problem.train)
+        keys = keys.cpu()
+        for view in (0, 1):
+            places = (keys % 2 == view).nonzero().flatten()
+            if len(places):
+                ids = keys[places] // 2
+                inputs = tuple(t.to(self._comm.device) for t in train[ids])
+                yield view, places.to(self._comm.device), self._contrast.held(inputs, ids, view)
+
+    # --- what is asked for --------------------------------------------------------------------
+
+    def _parts_of(self, n: int) -> int:
+        """Return how many of the fixed shards a rank owns."""
+        assert self.shards is not None
+        if self.shards % n or n * self.batch_size % self.shards:
+            raise ConfigError(
+                f"oracle.shards: must be a multiple of the {n} ranks and a divisor of the "
+                f"{n * self.batch_size} examples of their batches, got {self.shards}; use {n}, or "
+                "other batches"
+            )
+        return self.shards // n
+
+    def _local_batch(self, shards: Sequence[np.ndarray], parts: int) -> int:
+        """Return the examples of a rank and step, the same on all of them."""
+        sizes = {len(own) for own in shards}
+        if self.sampling == "full":
+            if len(sizes) > 1:
+                raise ConfigError(
+                    "oracle.sampling: full takes whole shards, whose sizes differ here, and every "
+                    "rank must give as many rows; use task.drop_remainder: true, or shuffle"
+                )
+            return max(sizes) * parts
+        if self.batch_size // parts > min(sizes):
+            raise ConfigError(
+                f"oracle.batch_size: {self.batch_size // parts} examples of a shard of "
+                f"{min(sizes)}, so that some would be twice in every batch; use at most "
+                f"{min(sizes) * parts}, or fewer ranks"
+            )
+        return self.batch_size
+
+    def _require_neighbors(self, comm: Communicator) -> None:
+        """Refuse a loss that looks at all ranks; say what a graph that stays does to the others."""
+        if isinstance(self.criterion, NegCache):
+            raise ConfigError(
+                "oracle.negatives: negcache looks through the caches of all ranks; use all"
+            )
+        if comm.n > 2 and comm.topology.period == 1:
+            log.warning(
+                "negatives of neighbours in %s, which never changes: a rank's examples are "
+                "contrasted with those of the same few ranks, not with the whole data set; use "
+                "topology: one_peer_exponential, or negatives: all",
+                comm.topology.name,
+            )
+
+
+def _refuse_shared_statistics(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"task.encoder: {name} normalises by the statistics of a batch, which tell an "
+                "example's views apart from others without looking at them, and differ from rank "
+                "to rank; use GroupNorm, or none"
+            )

@@ -1,0 +1,186 @@
+"""Contrastive losses: who repels whom, and how strongly.
+
+Every loss of this family is a choice of weights w, without a gradient, in
+
+    l_i = (s / 2b) sum_r [ sum_k w_rk <z_r, z_k> - <z_r, z_r+> ]        (arXiv:2404.10575)
+
+over the 2b rows of rank i, r+ the row's positive, whose gradient is an estimate of that of
+
+    L = E_r [ -beta <z_r, z_r+> + log sum_{k in D(r)} exp(beta <z_r, z_k>) ]               (1)
+
+with D(r) the rows of all other examples. ``l_i`` is a surrogate: its value is not that of L.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+from gossamer.algorithms.contrastive.columns import Columns
+from gossamer.algorithms.contrastive.contrast import ViewMode
+from gossamer.algorithms.contrastive.owners import Owners
+from gossamer.runtime import Communicator
+from gossamer.runtime.component import Component
+
+__all__ = ["ContrastiveLoss", "Keys", "Others", "Rows", "Setting", "Visit", "Weights"]
+
+Keys = Tensor
+"""int64: 2 id + view of an embedding; of ``infinite`` views, whose held examples are encoded as
+they are, view is 0."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One hosted rank's part of a visit.
+
+    Attributes:
+        place: the rank among the hosted ones.
+        ids: int64 (b,), on the CPU.
+        z: (2b, dim), view 0 of all, then view 1.
+        columns: what they are compared with.
+        cosines: (2b, 2B), <z_r, z_k>.
+        valid: bool (2b, 2B), which columns are negatives of a row.
+        positives: int64 (2b,), the column of each row's positive.
+    """
+
+    place: int
+    ids: Tensor
+    z: Tensor
+    columns: Columns
+    cosines: Tensor
+    valid: Tensor
+    positives: Tensor
+
+
+@dataclass
+class Others:
+    """Embeddings beyond a batch that repel, or attract, rows.
+
+    Attributes:
+        z: (k, dim).
+        weights: (2b, k).
+        recalled: which of the visit's recalls made ``z``, whose owners then get its gradient; None:
+            they are constants.
+    """
+
+    z: Tensor
+    weights: Tensor
+    recalled: int | None = None
+
+
+@dataclass
+class Weights:
+    """What a loss says of one rank's rows.
+
+    Attributes:
+        columns: (2b, 2B) w; None: no column repels.
+        scale: s.
+        attracts: (2b,) or a number, what the positive's term is multiplied by.
+        others: further embeddings.
+        figures: of this rank, for the log.
+    """
+
+    columns: Tensor | None
+    scale: float
+    attracts: Tensor | float = 1.0
+    others: list[Others] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a loss works.
+
+    Attributes:
+        comm: the ranks.
+        owners: of the examples.
+        mode: of the views.
+        local_batch: examples of a rank and step.
+    """
+
+    comm: Communicator
+    owners: Owners
+    mode: ViewMode
+    local_batch: int
+
+    @property
+    def per_example(self) -> int:
+        """How many states a method keeps of an example: views that change share one."""
+        return 1 if self.mode == "infinite" else 2
+
+    def slots(self, rows: Rows) -> Tensor:
+        """Return int64 (2b,): where a table of (examples * per_example) keeps each row's state."""
+        first = self.owners.places(rows.ids) * self.per_example
+        return torch.cat([first, first + (self.per_example - 1)])
+
+    def table(self, fill: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a table (local, examples * per_example) of the owners, full of ``fill``."""
+        shape = (self.comm.local, self.owners.most * self.per_example)
+        return torch.full(shape, fill, dtype=dtype, device=self.comm.device)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One batch of every rank, embedded and compared.
+
+    Attributes:
+        x: (local, d) parameters.
+        rows: of the hosted ranks.
+        step: of the run.
+        draw: of the call within the step.
+        advances: whether states move; False for another point on the same examples.
+        recall: per hosted rank the keys (k_i,), any k_i -> the number of this call, and their
+            embeddings (k_i, dim), encoded anew by their owners; every process calls it alike.
+        look: (hosted place, keys of its own examples) -> their embeddings now, (k, dim).
+        look_at_batch: (hosted place, parameters (d,)) -> embeddings (2b, dim) of its rows with
+            these parameters.
+    """
+
+    x: Tensor
+    rows: Sequence[Rows]
+    step: int
+    draw: int
+    advances: bool
+    recall: Callable[[Sequence[Keys]], tuple[int, list[Tensor]]]
+    look: Callable[[int, Keys], Tensor]
+    look_at_batch: Callable[[int, Tensor], Tensor]
+
+
+class ContrastiveLoss(Component, ABC):
+    """Chooses the weights, and keeps what it needs of former visits."""
+
+    name: str = ""
+    beta: float = Field(default=14.28, gt=0)
+    """Inverse temperature; 14.28 is 1 / 0.07."""
+
+    _setting: Setting = PrivateAttr()
+
+    def setup(self, setting: Setting) -> None:
+        """Get ready, before the first visit; every process calls it.
+
+        Raises:
+            ConfigError: the task or the batches are not such as the loss needs.
+        """
+        self._setting = setting
+
+    @abstractmethod
+    def weigh(self, visit: Visit) -> list[Weights]:
+        """Return the weights of each hosted rank's rows; every process calls it alike."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is kept of former visits, each (local, m)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take it back."""
+
+
+def last_of_each(ids: Tensor) -> Tensor:
+    """Return the places in ids (b,) where each value stands for the last time, ascending."""
+    last = {int(value): place for place, value in enumerate(ids)}
+    return torch.tensor(sorted(last.values()), dtype=torch.int64)

@@ -1,0 +1,91 @@
+"""``moco``: negatives from a queue of embeddings that a slowly moving encoder made."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+from gossamer.algorithms.contrastive.losses import (
+    ContrastiveLoss,
+    Others,
+    Setting,
+    Visit,
+    Weights,
+)
+from gossamer.runtime import ConfigError
+from gossamer.runtime.rows import combine
+
+__all__ = ["MoCo"]
+
+
+class MoCo(ContrastiveLoss):
+    """Cross-entropy over the positive and a queue of keys (arXiv:1911.05722).
+
+    Keys come from an encoder that follows the trained one as a moving average; those of a batch,
+    positives included, enter the queue of every rank after the step. Nothing flows back into them.
+    """
+
+    name: Literal["moco"] = "moco"
+    queue: int = Field(default=65536, ge=1)
+    """Keys that are kept; until as many were made the queue is shorter."""
+    momentum: float = Field(default=0.999, ge=0, lt=1)
+    """Share of the former parameters in the key encoder's."""
+
+    _state: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+    """From the first visit on: the key encoder's parameters (local, d), the queues (local, keys *
+    dim), and how many keys each has seen (local, 1)."""
+
+    def setup(self, setting: Setting) -> None:
+        """Compare the queue with a step.
+
+        Raises:
+            ConfigError: it is shorter than what one step adds.
+        """
+        super().setup(setting)
+        added = 2 * setting.comm.n * setting.local_batch
+        if self.queue < added:
+            raise ConfigError(
+                f"oracle.loss.queue: one step adds {added} keys, got {self.queue}; use at least "
+                "that, or smaller batches"
+            )
+
+    def weigh(self, visit: Visit) -> list[Weights]:
+        """Return softmax over each row's own key and the queue."""
+        comm, weights, made = self._setting.comm, list[Weights](), list[Tensor]()
+        dim = visit.rows[0].z.shape[1]
+        if not self._state:
+            empty = visit.x.new_zeros(comm.local, self.queue * dim, dtype=torch.float32)
+            seen = torch.zeros(comm.local, 1, dtype=torch.int64)
+            self._state = {"encoder": visit.x.clone(), "queue": empty, "seen": seen}
+        encoder, queue, seen = self._state.values()
+        if visit.advances:
+            combine([(self.momentum, encoder), (1.0 - self.momentum, visit.x)], out=encoder)
+        for rows in visit.rows:
+            i, b = rows.place, len(rows.ids)
+            keys = visit.look_at_batch(i, encoder[i])
+            kept = queue[i].view(-1, dim)[: int(seen[i])]
+            positives = keys.roll(b, 0)  # of the other view
+            own = (rows.z * positives).sum(dim=1, keepdim=True)
+            p = torch.softmax(self.beta * torch.cat([own, rows.z @ kept.T], dim=1), dim=1)
+            shares = torch.cat([torch.diag(p[:, 0] - 1.0), p[:, 1:]], dim=1)
+            others = [Others(torch.cat([positives, kept]), shares)]
+            weights.append(Weights(None, self.beta, attracts=0.0, others=others))
+            made.append(keys.flatten())
+        if visit.advances:
+            added = comm.all_gather(torch.stack(made)).view(-1, dim)
+            for i, first in enumerate(seen.flatten().tolist()):
+                places = (first + torch.arange(len(added))) % self.queue
+                queue[i].view(-1, dim)[places.to(queue.device)] = added
+            seen += len(added)
+        return weights
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the key encoder's parameters, the queues, and how many keys they have seen."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take them back."""
+        self._state = {name: state[name] for name in ("encoder", "queue", "seen") if state}
