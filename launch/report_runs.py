@@ -35,6 +35,7 @@ COLUMNS = (
     "accuracy",
     "f1",
     "exact_match",
+    "retrieval_accuracy",
     "knn1_accuracy",
     "probe_accuracy",
     "epsilon",

@@ -1,6 +1,7 @@
 """The contrastive task: what it builds of digits and MNIST, and the figures of its evaluation."""
 
 import os
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from thread_ranks import on_processes
 
 from gossamer.algorithms.contrastive import evaluation
+from gossamer.algorithms.registry import find
 from gossamer.algorithms.tasks.files import DATA_VARIABLE
 from gossamer.runtime.collectives import RankGroup
+from gossamer.runtime.component import Component
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import Random
 from gossamer.runtime.transports.stacked import StackedTransport
@@ -27,6 +30,28 @@ def both_views(problem, ids):
     views = problem.contrast
     given = [views.evaluated(inputs, ids, view) for view in (0, 1)]
     return torch.stack([views.embed(problem.module, g, v) for v, g in enumerate(given)])
+
+
+def sections(cls):
+    """The classes of all sections inside a component's fields, however deep."""
+    found = set()
+    for field in cls.model_fields.values():
+        waiting = [field.annotation]
+        while waiting:
+            kind = waiting.pop()
+            waiting += get_args(kind)
+            if isinstance(kind, type) and issubclass(kind, Component):
+                found |= {kind} | sections(kind)
+    return found
+
+
+def test_every_section_and_its_fields_are_documented():
+    inside = sections(find("task", "contrastive"))
+    assert len(inside) > 15
+    for cls in inside:
+        undocumented = [f for f, info in cls.model_fields.items() if not info.description]
+        assert undocumented in ([], ["name"]), cls
+        assert cls.__doc__, cls
 
 
 # --- what is built ----------------------------------------------------------------------------

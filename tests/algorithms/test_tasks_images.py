@@ -179,15 +179,21 @@ def test_folders_that_do_not_fit_are_named(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    """A dataset on disk: 12 images of 3 classes, 6 to test, 8 without classes."""
+    """A dataset on disk: 12 images of 3 classes, 6 to test, 8 without classes, 8 half so."""
     datasets = pytest.importorskip("datasets", reason="needs the extra: gossamer[huggingface]")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    classes = {"train": [0, 1, 2] * 4, "test": [0, 1, 2] * 2, "unlabeled": [-1] * 8}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    classes = {"train": [0, 1, 2] * 4, "test": [0, 1, 2] * 2}
+    classes |= {"unlabeled": [-1] * 8, "mixed": [-1, 0] * 4}
+    columns = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    features = datasets.Features({**columns, "said": datasets.Value("string")})
     images = photographs(12, 10, 10)
     splits = {
         split: datasets.Dataset.from_dict(
-            {"image": [Image.fromarray(i) for i in images[: len(labels)]], "label": labels},
+            {
+                "image": [Image.fromarray(i) for i in images[: len(labels)]],
+                "label": labels,
+                "said": [f"class {label}" for label in labels],
+            },
             features=features,
         )
         for split, labels in classes.items()
@@ -219,6 +225,8 @@ def test_images_without_classes_are_trained_on_while_probes_learn_from_others(sa
         ({"dataset": "/nowhere"}, r"task\.data\.dataset: cannot load '/nowhere'"),
         ({"train_split": "trian"}, r"task\.data\.train_split: .* no split 'trian'; did you mean"),
         ({"image": "img"}, r"task\.data\.image: .* has no column 'img'"),
+        ({"train_split": "mixed"}, r"task\.data\.label: some of split 'mixed' are negative"),
+        ({"label": "said"}, r"task\.data\.label: column 'said' .* holds no classes"),
         ({"image": "label"}, r"task\.data\.image: column 'label' .* holds no images, but int"),
     ],
 )
