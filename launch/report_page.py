@@ -24,7 +24,8 @@ __all__ = ["render_page"]
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 _TEXT = ("run", "algorithm", "topology")
-_BEST = {"loss": min, "accuracy": max, "f1": max, "exact_match": max}
+_HIGH = ("accuracy", "f1", "exact_match", "retrieval_accuracy", "knn1_accuracy", "probe_accuracy")
+_BEST = {"loss": min, **dict.fromkeys(_HIGH, max)}
 _SWITCHES = {"step": "step", "bytes_sent": "bytes", "seconds": "seconds"}
 
 
