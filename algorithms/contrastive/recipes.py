@@ -61,7 +61,7 @@ class Digits(Recipe):
         uniforms_B3 = draws.uniforms(3).to(device)
         by_B2 = (uniforms_B3[:, :2] * (2 * self.shift + 1)).long() - self.shift
         gain_B = low + (high - low) * uniforms_B3[:, 2]
-        noise = draws.normals(images_BCHW[0].numel()).to(device).view_as(images_BCHW)
+        noise = draws.normals(images_BCHW.shape[1:].numel()).to(device).view_as(images_BCHW)
         moved = _shifted(images_BCHW, by_B2, self.shift)
         return moved * gain_B[:, None, None, None] + self.noise * noise
 

@@ -31,7 +31,7 @@ from gossamer.algorithms.tasks.images import (
     PhotographImages,
 )
 from gossamer.algorithms.tasks.models import seeded
-from gossamer.algorithms.tasks.pairs import Pairs
+from gossamer.algorithms.tasks.pairs import HubPairs, Pairs, PairSource
 from gossamer.algorithms.tasks.partition import ShardedTask
 from gossamer.runtime.component import Component, choose
 from gossamer.runtime.errors import ConfigError
@@ -47,10 +47,18 @@ _SOURCES: dict[str, type[Component]] = {
     "folder": FolderImages,
     "dataset": HubImages,
     "pairs": Pairs,
+    "dataset-pairs": HubPairs,
 }
 
 SourceField = Annotated[
-    DigitImages | MNISTImages | PhotographImages | ArrayImages | FolderImages | HubImages | Pairs,
+    DigitImages
+    | MNISTImages
+    | PhotographImages
+    | ArrayImages
+    | FolderImages
+    | HubImages
+    | Pairs
+    | HubPairs,
     BeforeValidator(
         lambda given: choose(given, _SOURCES, "task.data"),
         json_schema_input_type=Literal["digits", "mnist", "photographs"]
@@ -60,7 +68,8 @@ SourceField = Annotated[
         | ArrayImages
         | FolderImages
         | HubImages
-        | Pairs,
+        | Pairs
+        | HubPairs,
     ),
 ]
 
@@ -85,8 +94,8 @@ class Contrastive(ShardedTask):
     name: str = "contrastive"
     data: SourceField = DigitImages()
     """Where the examples come from: `digits`, `mnist`, `photographs`, or a section: {name: arrays,
-    path: FILE}, {name: folder, path: FOLDER, size: 96}, {name: dataset, dataset: NAME, size: 224},
-    or {name: pairs, path: FILE}."""
+    path: FILE}, {name: folder, path: FOLDER, size: 96}, {name: dataset, dataset: NAME, size: 224};
+    and pairs from {name: pairs, path: FILE} or {name: dataset-pairs, dataset: NAME, size: 224}."""
     views: Views = Views()
     """What the encoder sees of an image, such as {mode: finite, recipe: digits}. A pair is seen as
     it is: its views are its sides."""
@@ -120,7 +129,7 @@ class Contrastive(ShardedTask):
 
     @model_validator(mode="after")
     def _fields_have_an_effect(self) -> Self:
-        pairs = isinstance(self.data, Pairs)
+        pairs = isinstance(self.data, PairSource)
         without = ["views", "test_examples", "probes"] if pairs else ["text"]
         for field in without:
             if getattr(self, field) != type(self).model_fields[field].default:
@@ -137,7 +146,7 @@ class Contrastive(ShardedTask):
             ConfigError: a file or package is missing or broken, a field does not fit the data, or
                 there are fewer than 2 examples, or fewer than ranks.
         """
-        if isinstance(self.data, Pairs):
+        if isinstance(self.data, PairSource):
             return self._of_pairs(self.data, n, seed)
         data = self._held_out(self.data.read())
         images = data.train[: self._count(len(data.train))]
@@ -150,7 +159,7 @@ class Contrastive(ShardedTask):
         shards = self.split(self._labels(images.labels, len(images)), n, seed)
         return self._problem(module, images.dataset, shards, views, seed, self._probing(data))
 
-    def _of_pairs(self, pairs: Pairs, n: int, seed: int) -> Problem:
+    def _of_pairs(self, pairs: PairSource, n: int, seed: int) -> Problem:
         data = pairs.read()
         count = self._count(len(data.dataset))
         dataset = Subset(data.dataset, torch.arange(count))

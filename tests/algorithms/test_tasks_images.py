@@ -317,6 +317,24 @@ def test_arrays_of_pairs_that_do_not_fit_are_named(tmp_path, arrays, fields, mes
         build(data=data, **TINY)
 
 
+def test_a_dataset_gives_pairs(saved):
+    data, images = saved
+    data = {**data, "name": "dataset-pairs", "context": 8}
+    problem = build(data={**data, "caption": "said"}, **TINY)
+    found, tokens = everything(problem.train)
+    assert np.array_equal(found.permute(0, 2, 3, 1), images)
+    assert bytes(tokens[2].to(torch.uint8).tolist()) == b"class 2" + bytes([255])
+    assert tokens[2].tolist()[-1] == -1
+    assert math.isfinite(figures_of(problem)["loss"])
+    for fields, message in (
+        ({"caption": "sad"}, r"task\.data\.caption: .* no column 'sad'; did you mean 'said'"),
+        ({"caption": "label"}, r"task\.data\.caption: row 1 of .* no text in 'label', but 0"),
+        ({"caption": "said", "split": "trian"}, r"task\.data\.split: .* no split 'trian'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(data={**data, **fields}, **TINY)
+
+
 @pytest.mark.parametrize(
     "field",
     [{"views": {"mode": "finite"}}, {"probes": ["knn"]}, {"test_examples": 3}],
