@@ -46,6 +46,7 @@ REGISTRY: dict[str, dict[str, str]] = {
         "adam8bit": "optimizers.adam8bit:Adam8bit",
         "adam-bc": "optimizers.adam_bc:AdamBC",
         "galore": "optimizers.galore:GaLore",
+        "lars": "optimizers.lars:LARS",
         "sign-sgd": "optimizers.sgd:SignSGD",
     },
     "algorithm": {

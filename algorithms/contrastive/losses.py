@@ -116,7 +116,7 @@ class Setting:
 
     def slots(self, rows: Rows) -> Tensor:
         """Return int64 (2b,): where a table of (examples * per_example) keeps each row's state."""
-        first = self.owners.places(rows.ids) * self.per_example
+        first = (self.owners.places(rows.ids) * self.per_example).to(self.comm.device)
         return torch.cat([first, first + (self.per_example - 1)])
 
     def table(self, fill: float, dtype: torch.dtype = torch.float32) -> Tensor:

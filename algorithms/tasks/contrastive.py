@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from gossamer.algorithms.contrastive.encoders import MLP, EncoderField
@@ -23,9 +23,15 @@ from gossamer.algorithms.contrastive.views import ImageViews, PairViews
 from gossamer.algorithms.problems import Dataset, Problem, default_dtype
 from gossamer.algorithms.tasks.arrays import Subset
 from gossamer.algorithms.tasks.image_sources import ArrayImages, FolderImages, HubImages
-from gossamer.algorithms.tasks.images import DigitImages, ImageData, Images, MNISTImages
+from gossamer.algorithms.tasks.images import (
+    DigitImages,
+    ImageData,
+    Images,
+    MNISTImages,
+    PhotographImages,
+)
 from gossamer.algorithms.tasks.models import seeded
-from gossamer.algorithms.tasks.pairs import Pairs
+from gossamer.algorithms.tasks.pairs import HubPairs, Pairs, PairSource
 from gossamer.algorithms.tasks.partition import ShardedTask
 from gossamer.runtime.component import Component, choose
 from gossamer.runtime.errors import ConfigError
@@ -36,23 +42,34 @@ __all__ = ["Contrastive", "Views"]
 _SOURCES: dict[str, type[Component]] = {
     "digits": DigitImages,
     "mnist": MNISTImages,
+    "photographs": PhotographImages,
     "arrays": ArrayImages,
     "folder": FolderImages,
     "dataset": HubImages,
     "pairs": Pairs,
+    "dataset-pairs": HubPairs,
 }
 
 SourceField = Annotated[
-    DigitImages | MNISTImages | ArrayImages | FolderImages | HubImages | Pairs,
+    DigitImages
+    | MNISTImages
+    | PhotographImages
+    | ArrayImages
+    | FolderImages
+    | HubImages
+    | Pairs
+    | HubPairs,
     BeforeValidator(
         lambda given: choose(given, _SOURCES, "task.data"),
-        json_schema_input_type=Literal["digits", "mnist"]
+        json_schema_input_type=Literal["digits", "mnist", "photographs"]
         | DigitImages
         | MNISTImages
+        | PhotographImages
         | ArrayImages
         | FolderImages
         | HubImages
-        | Pairs,
+        | Pairs
+        | HubPairs,
     ),
 ]
 
@@ -76,9 +93,9 @@ class Contrastive(ShardedTask):
 
     name: str = "contrastive"
     data: SourceField = DigitImages()
-    """Where the examples come from: `digits`, `mnist`, or a section: {name: arrays, path: FILE},
-    {name: folder, path: FOLDER, size: 96}, {name: dataset, dataset: NAME, size: 224}, or
-    {name: pairs, path: FILE}."""
+    """Where the examples come from: `digits`, `mnist`, `photographs`, or a section: {name: arrays,
+    path: FILE}, {name: folder, path: FOLDER, size: 96}, {name: dataset, dataset: NAME, size: 224};
+    and pairs from {name: pairs, path: FILE} or {name: dataset-pairs, dataset: NAME, size: 224}."""
     views: Views = Views()
     """What the encoder sees of an image, such as {mode: finite, recipe: digits}. A pair is seen as
     it is: its views are its sides."""
@@ -97,15 +114,22 @@ class Contrastive(ShardedTask):
     probes: tuple[ProbeField, ...] | None = None
     """What evaluations learn from frozen representations: `knn`, `linear`, or such a section; None:
     `knn` where there are labelled test images, else nothing."""
-    probe_examples: int | None = Field(default=4096, ge=2, strict=True)
+    probe_examples: int = Field(default=4096, ge=0, strict=True)
     """At most so many examples, evenly spaced, have their exact loss computed by an evaluation, are
-    learnt from by its probes, and tested on; None: all."""
+    learnt from by its probes, and tested on; 0: all."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of images and parameters."""
 
+    @field_validator("probe_examples")
+    @classmethod
+    def _one_has_no_other(cls, count: int) -> int:
+        if count == 1:
+            raise ValueError("must be 2 at least, for one is compared with the others; 0: all")
+        return count
+
     @model_validator(mode="after")
     def _fields_have_an_effect(self) -> Self:
-        pairs = isinstance(self.data, Pairs)
+        pairs = isinstance(self.data, PairSource)
         without = ["views", "test_examples", "probes"] if pairs else ["text"]
         for field in without:
             if getattr(self, field) != type(self).model_fields[field].default:
@@ -122,7 +146,7 @@ class Contrastive(ShardedTask):
             ConfigError: a file or package is missing or broken, a field does not fit the data, or
                 there are fewer than 2 examples, or fewer than ranks.
         """
-        if isinstance(self.data, Pairs):
+        if isinstance(self.data, PairSource):
             return self._of_pairs(self.data, n, seed)
         data = self._held_out(self.data.read())
         images = data.train[: self._count(len(data.train))]
@@ -135,7 +159,7 @@ class Contrastive(ShardedTask):
         shards = self.split(self._labels(images.labels, len(images)), n, seed)
         return self._problem(module, images.dataset, shards, views, seed, self._probing(data))
 
-    def _of_pairs(self, pairs: Pairs, n: int, seed: int) -> Problem:
+    def _of_pairs(self, pairs: PairSource, n: int, seed: int) -> Problem:
         data = pairs.read()
         count = self._count(len(data.dataset))
         dataset = Subset(data.dataset, torch.arange(count))
@@ -227,7 +251,7 @@ class Contrastive(ShardedTask):
         return Labelled(images.dataset, places, torch.from_numpy(images.labels)[places])
 
 
-def _spread(count: int, most: int | None) -> Tensor:
+def _spread(count: int, most: int) -> Tensor:
     """Return at most ``most`` of 0..count-1, evenly spaced: sorted examples keep their classes."""
     kept = min(count, most or count)
     return torch.arange(kept) * count // kept

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gossamer.algorithms.problems import Dataset
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.files import locate
 from gossamer.algorithms.tasks.hub import explained, load_splits
@@ -19,7 +20,15 @@ from gossamer.algorithms.tasks.image_files import Decoded, find_images, in_memor
 from gossamer.algorithms.tasks.images import ImageData, Images, ImageSource
 from gossamer.runtime.errors import ConfigError, nearest
 
-__all__ = ["ArrayImages", "FolderImages", "HubImages", "images_of", "read_arrays"]
+__all__ = [
+    "ArrayImages",
+    "FolderImages",
+    "HubImages",
+    "images_of",
+    "pictures_of",
+    "read_arrays",
+    "rows_of",
+]
 
 Size = Annotated[int, Field(ge=1, strict=True)]
 
@@ -124,38 +133,69 @@ class HubImages(ImageSource):
         return ImageData(train, test, probe)
 
     def _part(self, splits: Mapping[str, Any], split: str, field: str) -> Images:
-        if split not in splits:
-            raise ConfigError(
-                f"{field}: '{self.dataset}' has no split '{split}'{nearest(split, splits)}"
-            )
-        rows = splits[split]
-        if self.image not in rows.column_names:
-            raise ConfigError(
-                f"task.data.image: '{self.dataset}' has no column '{self.image}'"
-                f"{nearest(self.image, rows.column_names)}"
-            )
-        pictures = rows.select_columns([self.image])
+        rows = rows_of(splits, split, field, self.dataset)
+        labels = self._labels(rows, split) if self.label in rows.column_names else None
+        return Images(pictures_of(rows, self.image, self.dataset, self.size), labels)
 
-        def picture(place: int) -> Any:
-            with explained("task.data.dataset", self.dataset, place + 1):
-                found = pictures[place][self.image]
-            if not hasattr(found, "convert"):
-                raise ConfigError(
-                    f"task.data.image: column '{self.image}' of '{self.dataset}' holds no images, "
-                    f"but {type(found).__name__}; name another"
-                )
-            return found
-
-        labels = None
-        if self.label in rows.column_names:
+    def _labels(self, rows: Any, split: str) -> np.ndarray | None:
+        try:
             labels = np.array(rows[self.label], dtype=np.int64)
-            if labels.max(initial=-1) < 0:
-                labels = None
-            elif labels.min() < 0:
-                raise ConfigError(
-                    f"task.data.label: some of split '{split}' are negative; use another split"
-                )
-        return Images(in_memory(Decoded(len(rows), picture, self.size)), labels)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"task.data.label: column '{self.label}' of '{self.dataset}' holds no classes "
+                f"({error}); name another"
+            ) from error
+        if labels.max(initial=-1) < 0:
+            return None
+        if labels.min() < 0:
+            raise ConfigError(
+                f"task.data.label: some of split '{split}' are negative, and others are not; use "
+                "another split"
+            )
+        return labels
+
+
+def rows_of(splits: Mapping[str, Any], split: str, field: str, dataset: str) -> Any:
+    """Return a split of a dataset.
+
+    Raises:
+        ConfigError: it has none of this name.
+    """
+    if split not in splits:
+        raise ConfigError(f"{field}: '{dataset}' has no split '{split}'{nearest(split, splits)}")
+    return splits[split]
+
+
+def pictures_of(rows: Any, column: str, dataset: str, size: int) -> Dataset:
+    """Return the images of a column of a dataset, as ``Decoded`` gives them.
+
+    Args:
+        rows: of the package `datasets`.
+        column: which.
+        dataset: how the user named it, for messages.
+        size: pixels of the sides.
+
+    Raises:
+        ConfigError: there is no such column, or it holds no images.
+    """
+    if column not in rows.column_names:
+        raise ConfigError(
+            f"task.data.image: '{dataset}' has no column '{column}'"
+            f"{nearest(column, rows.column_names)}"
+        )
+    pictures = rows.select_columns([column])
+
+    def picture(place: int) -> Any:
+        with explained("task.data.dataset", dataset, place + 1):
+            found = pictures[place][column]
+        if not hasattr(found, "convert"):
+            raise ConfigError(
+                f"task.data.image: column '{column}' of '{dataset}' holds no images, but "
+                f"{type(found).__name__}; name another"
+            )
+        return found
+
+    return in_memory(Decoded(len(rows), picture, size))
 
 
 def read_arrays(path: str, field: str) -> dict[str, np.ndarray]:

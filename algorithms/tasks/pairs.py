@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -15,13 +16,21 @@ from torch import Tensor
 from gossamer.algorithms.problems import Dataset
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.algorithms.tasks.files import locate, read_bytes, suffix_of
+from gossamer.algorithms.tasks.hub import load_splits
 from gossamer.algorithms.tasks.image_files import Decoded, in_memory, open_image
-from gossamer.algorithms.tasks.image_sources import images_of, read_arrays
+from gossamer.algorithms.tasks.image_sources import (
+    images_of,
+    pictures_of,
+    read_arrays,
+    rows_of,
+)
 from gossamer.algorithms.tasks.tokenizers import open_tokenizer
 from gossamer.runtime.component import Component
-from gossamer.runtime.errors import ConfigError
+from gossamer.runtime.errors import ConfigError, nearest
 
-__all__ = ["PairData", "Pairs"]
+__all__ = ["HubPairs", "PairData", "PairSource", "Pairs"]
+
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 _ROWS = (".json", ".jsonl")
 
@@ -54,11 +63,42 @@ class Zipped:
         return (*self._first[indices], *self._second[indices])
 
 
-class Pairs(Component):
-    """Images with a caption each.
+class PairSource(Component, ABC):
+    """Names images with a caption each, and reads them."""
 
-    An .npz file with `images` and `captions` (text), or JSON lines that name image files: paths
-    beside the file, or absolute.
+    tokenizer: str = "bytes"
+    """`bytes`, 256 of them, or a tokenizer of `transformers`, by name or folder."""
+    context: int = Field(default=64, ge=1, strict=True)
+    """Tokens of a caption at most; what is longer is cut."""
+
+    @abstractmethod
+    def sides(self) -> tuple[Dataset, Sequence[str]]:
+        """Return images and captions in the order of the source.
+
+        Raises:
+            ConfigError: a file or package is missing, or something is broken.
+        """
+
+    def read(self) -> PairData:
+        """Return images and tokens in the order of the source.
+
+        Raises:
+            ConfigError: as of ``sides``, or the tokenizer cannot be loaded.
+        """
+        images, captions = self.sides()
+        tokenizer = open_tokenizer(self.tokenizer)
+        encoded = tokenizer.encode_alone([c.encode() for c in captions], self.context)
+        tokens = np.full((len(captions), self.context), -1, np.int64)
+        for row, ids in zip(tokens, encoded, strict=True):
+            row[: len(ids)] = ids
+        dataset = Zipped(images, TensorDataset((torch.from_numpy(tokens),)))
+        return PairData(dataset, tokenizer.vocabulary, self.context)
+
+
+class Pairs(PairSource):
+    """An .npz file with `images` and `captions` (text), or JSON lines that name image files.
+
+    These are paths beside the file of lines, or absolute.
     """
 
     name: Literal["pairs"] = "pairs"
@@ -69,32 +109,15 @@ class Pairs(Component):
     """Field of the JSON lines with the image's path."""
     caption: str = "caption"
     """Field of the JSON lines with the caption."""
-    size: Annotated[int, Field(ge=1, strict=True)] | None = None
+    size: Count | None = None
     """Pixels of the sides that image files are brought to, from their largest central square;
     required for JSON lines, without effect on arrays."""
-    tokenizer: str = "bytes"
-    """`bytes`, 256 of them, or a tokenizer of `transformers`, by name or folder."""
-    context: int = Field(default=64, ge=1, strict=True)
-    """Tokens of a caption at most; what is longer is cut."""
 
-    def read(self) -> PairData:
-        """Return them in the order of the file.
-
-        Raises:
-            ConfigError: a file is missing or broken, or captions and images differ in number.
-        """
+    def sides(self) -> tuple[Dataset, Sequence[str]]:
+        """Return them in the order of the file."""
         field = "task.data.path"
         path = locate(self.path, field)
-        images, captions = (
-            self._rows(path) if suffix_of(path) in _ROWS else self._arrays(path, field)
-        )
-        tokenizer = open_tokenizer(self.tokenizer)
-        encoded = tokenizer.encode_alone([c.encode() for c in captions], self.context)
-        tokens = np.full((len(captions), self.context), -1, np.int64)
-        for row, ids in zip(tokens, encoded, strict=True):
-            row[: len(ids)] = ids
-        dataset = Zipped(images, TensorDataset((torch.from_numpy(tokens),)))
-        return PairData(dataset, tokenizer.vocabulary, self.context)
+        return self._rows(path) if suffix_of(path) in _ROWS else self._arrays(path, field)
 
     def _arrays(self, path: Path, field: str) -> tuple[Dataset, Sequence[str]]:
         if self.size is not None:
@@ -140,3 +163,40 @@ class Pairs(Component):
                     f"{where} has no text '{name}'; set task.data.{field}, or correct the file"
                 )
         return known[self.image], known[self.caption]
+
+
+class HubPairs(PairSource):
+    """Images and captions of a dataset of the package `datasets`, by name or from disk."""
+
+    name: Literal["dataset-pairs"] = "dataset-pairs"
+    dataset: str
+    """Name on the hub, or a folder (of `save_to_disk`, or of data files)."""
+    subset: str | None = None
+    """Which configuration of the dataset."""
+    split: str = "train"
+    """Which split to train on."""
+    image: str = "image"
+    """Column of the images."""
+    caption: str = "caption"
+    """Column of the captions; of a list of them, the first is taken."""
+    size: Count
+    """Pixels of the sides that images are brought to, from their largest central square."""
+
+    def sides(self) -> tuple[Dataset, Sequence[str]]:
+        """Return them in the order of the split."""
+        splits = load_splits(self.dataset, self.subset, field="task.data.dataset")
+        rows = rows_of(splits, self.split, "task.data.split", self.dataset)
+        images = pictures_of(rows, self.image, self.dataset, self.size)
+        if self.caption not in rows.column_names:
+            raise ConfigError(
+                f"task.data.caption: '{self.dataset}' has no column '{self.caption}'"
+                f"{nearest(self.caption, rows.column_names)}"
+            )
+        captions = [c[0] if isinstance(c, list) and c else c for c in rows[self.caption]]
+        for number, caption in enumerate(captions, 1):
+            if not isinstance(caption, str):
+                raise ConfigError(
+                    f"task.data.caption: row {number} of '{self.dataset}' has no text in "
+                    f"'{self.caption}', but {caption!r}; name another column, or mend the data"
+                )
+        return images, captions
