@@ -102,7 +102,7 @@ class EMC2(ContrastiveLoss):
         """Offer each row the columns of the batch, one by one."""
         mode = self._setting.mode
         width = rows.cosines.shape[1]
-        proposed = rows.valid.sum(dim=1)
+        proposed = rows.negatives
         is_over = self.burn_in_until is not None and visit.step >= self.burn_in_until
         burnt = (proposed * (0.0 if is_over else self.burn_in) + 1e-9).floor().int()
         as_released = self.compat == "official"
@@ -153,10 +153,9 @@ class EMC2(ContrastiveLoss):
             key = key + state // examples
         moved, slots = state >= 0, walk.slots[final]
         place = rows.place
-        self._keys[place, slots] = torch.where(moved, key, self._keys[place, slots])
+        self._keys[place, slots] = torch.where(moved, key, walk.keys[final])
         self._scores[place, slots] = score
-        now = torch.full_like(self._since[place, slots], visit.step)
-        self._since[place, slots] = torch.where(moved, now, self._since[place, slots])
+        self._since[place, slots[moved]] = visit.step
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the chains' states, their scores, and when they were taken."""

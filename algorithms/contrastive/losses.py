@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,6 +57,11 @@ class Rows:
     cosines: Tensor
     valid: Tensor
     positives: Tensor
+
+    @cached_property
+    def negatives(self) -> Tensor:
+        """How many each row has, int64 (2b,)."""
+        return self.valid.sum(dim=1)
 
 
 @dataclass

@@ -61,8 +61,8 @@ class _RunningMean(ContrastiveLoss, ABC):
 
     def _normalised(self, visit: Visit, rows: Rows, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return w = e / (u * number of negatives) and log u with this visit in it, and keep u."""
-        scores = self._scores(rows, slots).masked_fill_(~rows.valid, -torch.inf)
-        log_count = rows.valid.sum(dim=1).log()
+        scores = torch.where(rows.valid, self._scores(rows, slots), -torch.inf)
+        log_count = rows.negatives.log()
         old = self._log_u[rows.place][slots]
         gamma = self._weight(visit, old)
         mean = torch.logsumexp(scores, dim=1) - log_count

@@ -37,7 +37,7 @@ def differentiated(rows: Rows, weights: Weights) -> Terms:
     met, columns, recalled = torch.zeros_like(rows.z), None, dict[int, Tensor]()
     if w is not None:
         met += w @ rows.columns.z
-        columns = w.T @ rows.z
+        columns = (rows.z.T @ w).T.contiguous()  # w is read along its rows
     if not isinstance(weights.attracts, float) or weights.attracts:
         attracts = torch.as_tensor(weights.attracts).to(rows.z).view(-1, 1)
         columns = torch.zeros_like(rows.columns.z) if columns is None else columns
@@ -61,7 +61,9 @@ def figures_of(rows: Sequence[Rows], weights: Sequence[Weights]) -> Metrics:
     every = [
         {
             "positive_cosine": float(r.cosines.gather(1, r.positives[:, None]).mean()),
-            "negative_cosine": float(torch.where(r.valid, r.cosines, 0.0).sum() / r.valid.sum()),
+            "negative_cosine": float(
+                torch.where(r.valid, r.cosines, 0.0).sum() / r.negatives.sum()
+            ),
             **w.figures,
         }
         for r, w in zip(rows, weights, strict=True)
