@@ -132,8 +132,8 @@ class ISogCLR(_RunningMean):
     """Greatest temperature."""
     tau_lr: float = Field(default=0.01, gt=0)
     """Step of a temperature along its averaged gradient."""
-    tau_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Share of the former average."""
+    tau_momentum: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the former average; LibAUC's `beta` of 0.9 is that of the new gradient."""
 
     _tau: Tensor = PrivateAttr()
     _velocity: Tensor = PrivateAttr()
