@@ -8,7 +8,7 @@ import contextlib
 import copy
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -23,7 +23,7 @@ from gossamer.algorithms.decentralized.all_reduce import AllReduce
 from gossamer.algorithms.optimizers.sgd import SGD
 from gossamer.algorithms.problems import Batch, Dataset, Problem
 from gossamer.algorithms.program import TrainingProgram
-from gossamer.algorithms.registry import find
+from gossamer.algorithms.tasks.contrastive import Contrastive as ContrastiveTask
 from gossamer.runtime import Communicator, StackedTransport
 from gossamer.runtime.component import validate
 from gossamer.runtime.native.chains import chain_moves
@@ -85,9 +85,7 @@ class ContrastiveModel:
         """
         encoder = {"name": self.encoder, "dim": self.dim}
         fields = {"data": self.data, "encoder": encoder}
-        task = validate(find("task", "contrastive"), fields, "task")
-        problem: Problem = task.build(1, 0)
-        return problem
+        return validate(ContrastiveTask, fields, "task").build(1, 0)
 
     def batch_of(self, problem: Problem, number: int) -> Batch:
         """Return the batch of a step, with the places of its examples."""
@@ -130,10 +128,11 @@ def make_case(name: str, problem: Problem, model: ContrastiveModel) -> Case:
 
 
 def make_program(
-    problem: Problem, model: ContrastiveModel, loss: dict[str, object]
+    problem: Problem, model: ContrastiveModel, loss: Mapping[str, object]
 ) -> TrainingProgram:
     """Return a run of one rank with all-reduce and SGD."""
-    oracle = validate(Contrastive, {"batch_size": model.batch, "loss": {"beta": BETA, **loss}}, "")
+    fields = {"batch_size": model.batch, "loss": {"beta": BETA, **loss}}
+    oracle = validate(Contrastive, fields, "oracle")
     comm = Communicator(build("ring", 1), StackedTransport())
     return TrainingProgram(comm, problem, oracle, AllReduce(optimizer=SGD(lr=_LR))).start()
 
