@@ -123,7 +123,18 @@ class Contrastive(ModuleOracle):
         if self.negatives == "neighbors":
             self._require_neighbors(comm)
         self._exchange = exchange(comm, self.negatives)
-        self.criterion.setup(Setting(comm, self._owners, self._contrast.mode, batch))
+        one = self._one_embedding()
+        self.criterion.setup(
+            Setting(
+                comm=comm,
+                owners=self._owners,
+                mode=self._contrast.mode,
+                local_batch=batch,
+                layout=self._layout,
+                dim=one.shape[1],
+                dtype=one.dtype,
+            )
+        )
         if problem.figures is not None and hasattr(problem.figures, "beta"):
             problem.figures.beta = self.criterion.beta
         return DataPlan(
@@ -149,7 +160,7 @@ class Contrastive(ModuleOracle):
         """
         draw = self._next_draw()
         if combine is None:
-            estimate = self._estimate(x, batch, draw, self._grad, advances=True)
+            estimate = self._estimate(x, x, batch, draw, advances=True)
         else:
             estimate = self._combined(x, batch, draw, combine)
         if sink is not None:
@@ -182,14 +193,15 @@ class Contrastive(ModuleOracle):
     # --- one estimate -------------------------------------------------------------------------
 
     def _estimate(
-        self, x: Tensor, batch: RankBatches, draw: int, grad: Tensor, *, advances: bool
+        self, x: Tensor, point: Tensor, batch: RankBatches, draw: int, *, advances: bool
     ) -> Estimate:
-        """Write the gradients at x (local, d) into ``grad``."""
-        comm, passes = self._comm, self._passes(x, grad.zero_(), draw)
+        """Return the gradients at ``point`` (local, d) of a run that stands at x (local, d)."""
+        comm, grad = self._comm, self._grad.zero_()
+        passes = self._passes(point, grad, draw)
         z, made = self._embedded(passes, batch, draw)
         rows = self._compared(batch, z)
         dim = z.shape[-1]
-        recalls = Recalls(comm, self._owners, dim, self._encoder(passes), passes.backward)
+        recalls = Recalls(comm, self._owners, z, self._encoder(passes), passes.backward)
         visit = Visit(
             x=x,
             rows=rows,
@@ -210,7 +222,7 @@ class Contrastive(ModuleOracle):
         for one, of_rank in zip(grads.flatten(1, 2), made, strict=True):
             for part, of_pass in zip(one.split(len(one) // len(of_rank)), of_rank, strict=True):
                 passes.backward(of_pass, part)
-        for number in range(len(recalls)):
+        for number in recalls.open:
             nothing = z.new_zeros(0, dim)  # to a rank that asked for none
             recalls.backward(number, [t.recalled.get(number, nothing) for t in terms])
         return Estimate(
@@ -230,12 +242,13 @@ class Contrastive(ModuleOracle):
         """Return the combination over ``points``; states move as at x, after all of them."""
         total = torch.zeros_like(self._grad)
         here = None
-        for c, point in sorted(points, key=lambda p: p[1] is x):
-            found = self._estimate(point, batch, draw, self._grad, advances=point is x)
+        ordered = sorted(points, key=lambda p: p[1] is x)
+        for k, (c, point) in enumerate(ordered, 1):
+            found = self._estimate(x, point, batch, draw, advances=point is x and k == len(ordered))
             combine([(1.0, total), (c, self._grad)], out=total)
             here = found if point is x else here
         if here is None:
-            here = self._estimate(x, batch, draw, self._grad, advances=True)
+            here = self._estimate(x, x, batch, draw, advances=True)
         self._grad.copy_(total)
         return here
 
@@ -354,6 +367,13 @@ class Contrastive(ModuleOracle):
                 ids = keys[places] // 2
                 inputs = tuple(t.to(self._comm.device) for t in train[ids])
                 yield view, places.to(self._comm.device), self._contrast.held(inputs, ids, view)
+
+    def _one_embedding(self) -> Tensor:
+        """Return an embedding (1, dim), as the module's own parameters make it."""
+        key = torch.from_numpy(2 * self._owners.ids[0][:1])
+        _, _, inputs = next(self._held(key))
+        with torch.no_grad(), self._cast():
+            return self._contrast.embed(self._problem.module, inputs, 0)
 
     # --- what is asked for --------------------------------------------------------------------
 

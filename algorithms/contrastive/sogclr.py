@@ -54,7 +54,7 @@ class _RunningMean(ContrastiveLoss, ABC):
         if over is not None and visit.step < over:
             gamma += (1.0 - gamma) * 0.5 * (1.0 + math.cos(math.pi * visit.step / over))
         if self.first_visit == "example":
-            return torch.where(log_u.isinf(), 1.0, gamma)
+            return torch.full_like(log_u, gamma).masked_fill_(log_u.isinf(), 1.0)
         batch = self._setting.comm.n * self._setting.local_batch
         is_first = (visit.step + 1) * batch <= self._setting.owners.examples
         return torch.full_like(log_u, 1.0 if is_first else gamma)
@@ -62,7 +62,7 @@ class _RunningMean(ContrastiveLoss, ABC):
     def _normalised(self, visit: Visit, rows: Rows, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return w = e / (u * number of negatives) and log u with this visit in it, and keep u."""
         scores = self._scores(rows, slots).masked_fill_(~rows.valid, -torch.inf)
-        log_count = rows.valid.sum(dim=1).log()
+        log_count = rows.valid.sum(dim=1, dtype=scores.dtype).log()
         old = self._log_u[rows.place][slots]
         gamma = self._weight(visit, old)
         mean = torch.logsumexp(scores, dim=1) - log_count
@@ -83,16 +83,12 @@ class _RunningMean(ContrastiveLoss, ABC):
     def _keep(self, rows: Rows, table: Tensor, slots: Tensor, values: Tensor) -> None:
         last = last_of_each(rows.ids)
         both = torch.cat([last, last + len(rows.ids)]).to(table.device)
+        both = both[rows.valid[both].any(dim=1)]  # who met no negative has nothing new
         table[rows.place, slots[both]] = values[both]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return log u."""
         return {"log_u": self._log_u}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the tables back."""
-        for name, table in self.state_dict().items():
-            table.copy_(state[name])
 
 
 class SogCLR(_RunningMean):
