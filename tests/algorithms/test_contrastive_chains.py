@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from contrastive_for_tests import Bench
+from contrastive_bench import Bench
 
 from gossamer.algorithms.contrastive.emc2 import EMC2
 

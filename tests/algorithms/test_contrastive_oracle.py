@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from contrastive_for_tests import Bench, negatives_of
+from contrastive_bench import Bench, negatives_of
 
 DOUBLE = {"dtype": torch.float64}
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
