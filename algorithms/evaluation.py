@@ -20,6 +20,7 @@ from gossamer.algorithms.problems import Dataset, Problem, Stream
 from gossamer.algorithms.protocols import Oracle
 from gossamer.algorithms.tasks.arrays import TensorDataset
 from gossamer.runtime.collectives import RankGroup
+from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import derive_key
 from gossamer.runtime.rows import empty_rows, row_dot, row_norm
 
@@ -80,7 +81,16 @@ class Evaluator:
                 where the oracle backpropagates, too.
             chunk: examples of one forward pass at most; None: as many as the oracle takes, or 512.
             seed: of a stream's examples, which differ from those of the training.
+
+        Raises:
+            ConfigError: ``examples`` or ``gradient`` where a task's own figures are the evaluation.
         """
+        for name, value in (("examples", examples), ("gradient", gradient)):
+            if problem.contrast is not None and value is not None:
+                raise ConfigError(
+                    f"evaluate_{name}: has no effect on a task of comparisons, got {value}; leave "
+                    "it out, and set the task's probe_examples"
+                )
         self._comm, self._layout, self._problem = comm, oracle.layout, problem
         self._buffers: BufferRows | None = getattr(oracle, "buffers", None)
         self._objective = objective or oracle.weighting or problem.objective

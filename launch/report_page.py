@@ -24,7 +24,8 @@ __all__ = ["render_page"]
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 _TEXT = ("run", "algorithm", "topology")
-_BEST = {"loss": min, "accuracy": max, "f1": max, "exact_match": max}
+_HIGH = ("accuracy", "f1", "exact_match", "retrieval_accuracy", "knn1_accuracy", "probe_accuracy")
+_BEST = {"loss": min, **dict.fromkeys(_HIGH, max)}
 _SWITCHES = {"step": "step", "bytes_sent": "bytes", "seconds": "seconds"}
 
 
@@ -61,8 +62,7 @@ def _facts(runs: Sequence[RunRecord]) -> str:
 
     versions = [f"{k} {each('versions', k, of='summary')}" for k in ("gossamer", "python", "torch")]
     tasks = _distinct(
-        ", ".join(str(v) for v in (_at(r.config, ("task", k)) for k in _TASK) if v is not None)
-        for r in runs
+        ", ".join(_in_words(v) for k in _TASK if (v := _at(r.config, ("task", k)))) for r in runs
     )
     processes = each("processes", of="summary")
     facts = {
@@ -83,7 +83,14 @@ def _facts(runs: Sequence[RunRecord]) -> str:
     )
 
 
-_TASK = ("name", "model", "heterogeneity")
+_TASK = ("name", "data", "model", "scheme", "encoder", "heterogeneity")
+
+
+def _in_words(value: Any) -> str:
+    """Return a field as text, a section by its name or as its fields."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return str(value.get("name") or ", ".join(f"{k} {v}" for k, v in value.items()))
 
 
 def _at(values: Any, path: Iterable[str]) -> Any:

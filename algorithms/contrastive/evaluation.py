@@ -95,6 +95,8 @@ class ContrastFigures:
 
         - ``loss``, ``grad_norm``: L of ``GlobalLoss`` and |grad L|.
         - ``collapsed_loss``: log m, which is L where all embeddings are equal.
+        - ``retrieval_accuracy``: the share of rows that are nearer to their positive than to any
+          negative; where views are sides of pairs, both directions' mean recall at 1.
         - ``pairwise_cosine``: the mean over all rows and their negatives.
         - ``collapse``: 1 where that is over 0.99, or L within 0.02 of log m; else 0.
         - what the probes find.
@@ -110,8 +112,8 @@ class ContrastFigures:
         with torch.no_grad():
             embedded = in_shares(comm, count, lambda part: torch.cat(self._rows(part), dim=1))
             z_2ND = embedded.view(count, 2, -1).transpose(0, 1).contiguous()
-            sums = in_shares(comm, count, lambda part: loss.log_sums(z_2ND, part).T)
-            log_sums_2N = sums.T.contiguous()
+            found = in_shares(comm, count, lambda part: loss.negatives(z_2ND, part).flatten(0, 1).T)
+            log_sums_2N, highest_2N = (found[:, k::2].T.contiguous() for k in (0, 1))
             value, cosine = loss.value(z_2ND, log_sums_2N), loss.pairwise_cosine(z_2ND)
         collapsed = loss.collapsed(count)
         near = abs(value - collapsed) < _COLLAPSED_LOSS
@@ -119,6 +121,7 @@ class ContrastFigures:
             "loss": value,
             "grad_norm": self._grad_norm(comm, layout, mean, loss, z_2ND, log_sums_2N),
             "collapsed_loss": collapsed,
+            "retrieval_accuracy": loss.first(z_2ND, highest_2N),
             "pairwise_cosine": cosine,
             "collapse": float(near or cosine > _COLLAPSED_COSINE),
         }

@@ -44,17 +44,25 @@ class GlobalLoss:
         """Return log m, the loss where all embeddings are equal."""
         return math.log(self.num_negatives(examples))
 
-    def log_sums(self, z_2ND: Tensor, own: range) -> Tensor:
-        """Return log sum_k exp(beta <z_r, z_k>) of both rows of each of some examples, (2, k)."""
-        found = z_2ND.new_empty(2, len(own))
+    def negatives(self, z_2ND: Tensor, own: range) -> Tensor:
+        """Return what the negatives of both rows of each of some examples come to, (2, 2, k).
+
+        Of view v, ``[v, 0]`` is log sum_k exp(beta <z_r, z_k>), and ``[v, 1]`` the highest score
+        beta <z_r, z_k>.
+        """
+        found = z_2ND.new_empty(2, 2, len(own))
         for view, at, _, scores in self._blocks(z_2ND, own):
-            found[view, at.start - own.start : at.stop - own.start] = scores.logsumexp(dim=1)
+            here = slice(at.start - own.start, at.stop - own.start)
+            found[view, 0, here], found[view, 1, here] = scores.logsumexp(1), scores.amax(1)
         return found
 
     def value(self, z_2ND: Tensor, log_sums_2N: Tensor) -> float:
-        """Return the loss, given the ``log_sums`` of all examples."""
-        positives = (z_2ND[0] * z_2ND[1]).sum(dim=1)
-        return float((log_sums_2N - self.beta * positives).mean())
+        """Return the loss, given the log sums of all examples."""
+        return float((log_sums_2N - self._positives(z_2ND)).mean())
+
+    def first(self, z_2ND: Tensor, highest_2N: Tensor) -> float:
+        """Return the share of rows that score higher with their positive than any negative."""
+        return float((self._positives(z_2ND) > highest_2N).double().mean())
 
     def gradient(self, z_2ND: Tensor, log_sums_2N: Tensor, own: range) -> Tensor:
         """Return dL/dz of both rows of each of some examples, (2, k, D).
@@ -81,6 +89,10 @@ class GlobalLoss:
             return float(total) / (n * (n - 1))
         total = sums.sum(dim=0).square().sum() - z_2ND.sum(dim=0).square().sum()
         return float(total) / (2 * n * self.num_negatives(n))
+
+    def _positives(self, z_2ND: Tensor) -> Tensor:
+        """Return the scores of the positives, (N,)."""
+        return self.beta * (z_2ND[0] * z_2ND[1]).sum(dim=1)
 
     def _blocks(self, z_2ND: Tensor, own: range) -> Iterator[tuple[int, range, Tensor, Tensor]]:
         """Yield (view, examples, candidates, scores): -inf where a candidate is no negative."""

@@ -69,8 +69,8 @@ class Digits(Recipe):
 class _Photographs(Recipe):
     """A crop that is resized, a mirror, colors, gray, and a blur, each by chance."""
 
-    size: int | None = Field(default=None, ge=1, strict=True)
-    """Pixels of a view's sides; None: the image's own."""
+    size: int = Field(default=0, ge=0, strict=True)
+    """Pixels of a view's sides; 0: the image's own."""
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.08, 1.0)
     """Least and greatest share of the image's area that a crop keeps."""
     ratio: Between = (3 / 4, 4 / 3)
@@ -88,8 +88,8 @@ class _Photographs(Recipe):
     """Of blurring it."""
 
     def view_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return (size, size)."""
-        return (height, width) if self.size is None else (self.size, self.size)
+        """Return (size, size), or the images' own."""
+        return (self.size, self.size) if self.size else (height, width)
 
     def require(self, channels: int, height: int, width: int) -> None:
         """Check for the package, and for color or gray images."""
@@ -172,8 +172,8 @@ class STL10(_Photographs):
     """That of arXiv:2404.10575 for STL-10."""
 
     name: Literal["stl10"] = "stl10"
-    size: int | None = Field(default=96, ge=1, strict=True)
-    """Pixels of a view's sides; None: the image's own."""
+    size: int = Field(default=96, ge=0, strict=True)
+    """Pixels of a view's sides; 0: the image's own."""
     jitter: Strengths = (0.8, 0.8, 0.8, 0.2)
 
 
@@ -181,8 +181,8 @@ class ImageNet100(_Photographs):
     """That of arXiv:2404.10575 for 100 classes of ImageNet."""
 
     name: Literal["imagenet100"] = "imagenet100"
-    size: int | None = Field(default=224, ge=1, strict=True)
-    """Pixels of a view's sides; None: the image's own."""
+    size: int = Field(default=224, ge=0, strict=True)
+    """Pixels of a view's sides; 0: the image's own."""
     jitter: Strengths = (0.4, 0.4, 0.2, 0.1)
 
 

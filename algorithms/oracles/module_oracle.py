@@ -21,6 +21,8 @@ from gossamer.runtime.random import Random
 
 __all__ = ["ModuleOracle", "chunks_of"]
 
+_TOKENS_AT_ONCE = 2048
+
 
 class ModuleOracle(Oracle):
     """An oracle of the task's module, on mini-batches."""
@@ -83,9 +85,15 @@ class ModuleOracle(Oracle):
 
     @property
     def examples_at_once(self) -> int | None:
-        """The micro-batch's size; of texts, whose logits take much memory, the batch's."""
-        of_tokens = self._problem.weigh is not Problem.weigh
-        return self.micro_batch_size or (self.batch_size if of_tokens else None)
+        """The micro-batch's size; of texts, whose logits take much memory, a batch's at least."""
+        problem = self._problem
+        of_tokens = problem.weigh is not Problem.weigh
+        if self.micro_batch_size or not of_tokens:
+            return self.micro_batch_size
+        if getattr(problem.train, "pads_lookups", False):
+            return self.batch_size
+        # As many short texts as give the processor something to do.
+        return max(self.batch_size, _TOKENS_AT_ONCE // problem.examples(1)[0].shape[1])
 
     @property
     def buffers(self) -> BufferRows:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from gossamer.algorithms.contrastive.encoders import MLP, EncoderField
@@ -23,7 +23,13 @@ from gossamer.algorithms.contrastive.views import ImageViews, PairViews
 from gossamer.algorithms.problems import Dataset, Problem, default_dtype
 from gossamer.algorithms.tasks.arrays import Subset
 from gossamer.algorithms.tasks.image_sources import ArrayImages, FolderImages, HubImages
-from gossamer.algorithms.tasks.images import DigitImages, ImageData, Images, MNISTImages
+from gossamer.algorithms.tasks.images import (
+    DigitImages,
+    ImageData,
+    Images,
+    MNISTImages,
+    PhotographImages,
+)
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.algorithms.tasks.pairs import Pairs
 from gossamer.algorithms.tasks.partition import ShardedTask
@@ -36,6 +42,7 @@ __all__ = ["Contrastive", "Views"]
 _SOURCES: dict[str, type[Component]] = {
     "digits": DigitImages,
     "mnist": MNISTImages,
+    "photographs": PhotographImages,
     "arrays": ArrayImages,
     "folder": FolderImages,
     "dataset": HubImages,
@@ -43,12 +50,13 @@ _SOURCES: dict[str, type[Component]] = {
 }
 
 SourceField = Annotated[
-    DigitImages | MNISTImages | ArrayImages | FolderImages | HubImages | Pairs,
+    DigitImages | MNISTImages | PhotographImages | ArrayImages | FolderImages | HubImages | Pairs,
     BeforeValidator(
         lambda given: choose(given, _SOURCES, "task.data"),
-        json_schema_input_type=Literal["digits", "mnist"]
+        json_schema_input_type=Literal["digits", "mnist", "photographs"]
         | DigitImages
         | MNISTImages
+        | PhotographImages
         | ArrayImages
         | FolderImages
         | HubImages
@@ -76,9 +84,9 @@ class Contrastive(ShardedTask):
 
     name: str = "contrastive"
     data: SourceField = DigitImages()
-    """Where the examples come from: `digits`, `mnist`, or a section: {name: arrays, path: FILE},
-    {name: folder, path: FOLDER, size: 96}, {name: dataset, dataset: NAME, size: 224}, or
-    {name: pairs, path: FILE}."""
+    """Where the examples come from: `digits`, `mnist`, `photographs`, or a section: {name: arrays,
+    path: FILE}, {name: folder, path: FOLDER, size: 96}, {name: dataset, dataset: NAME, size: 224},
+    or {name: pairs, path: FILE}."""
     views: Views = Views()
     """What the encoder sees of an image, such as {mode: finite, recipe: digits}. A pair is seen as
     it is: its views are its sides."""
@@ -97,11 +105,18 @@ class Contrastive(ShardedTask):
     probes: tuple[ProbeField, ...] | None = None
     """What evaluations learn from frozen representations: `knn`, `linear`, or such a section; None:
     `knn` where there are labelled test images, else nothing."""
-    probe_examples: int | None = Field(default=4096, ge=2, strict=True)
+    probe_examples: int = Field(default=4096, ge=0, strict=True)
     """At most so many examples, evenly spaced, have their exact loss computed by an evaluation, are
-    learnt from by its probes, and tested on; None: all."""
+    learnt from by its probes, and tested on; 0: all."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of images and parameters."""
+
+    @field_validator("probe_examples")
+    @classmethod
+    def _one_has_no_other(cls, count: int) -> int:
+        if count == 1:
+            raise ValueError("must be 2 at least, for one is compared with the others; 0: all")
+        return count
 
     @model_validator(mode="after")
     def _fields_have_an_effect(self) -> Self:
@@ -227,7 +242,7 @@ class Contrastive(ShardedTask):
         return Labelled(images.dataset, places, torch.from_numpy(images.labels)[places])
 
 
-def _spread(count: int, most: int | None) -> Tensor:
+def _spread(count: int, most: int) -> Tensor:
     """Return at most ``most`` of 0..count-1, evenly spaced: sorted examples keep their classes."""
     kept = min(count, most or count)
     return torch.arange(kept) * count // kept

@@ -80,7 +80,7 @@ def find_images(
     """Return the images of a folder, their classes, and the classes' names.
 
     The layout is that of torchvision's ImageFolder: a folder for each class, with images anywhere
-    below. One that holds images itself has no classes.
+    below. One that holds nothing but images has no classes.
 
     Args:
         folder: to look in.
@@ -90,9 +90,16 @@ def find_images(
     Raises:
         ConfigError: there is no image, or not of each class, or the classes are others.
     """
+    if not folder.is_dir():
+        raise ConfigError(f"{field}: {folder} is a file, not a folder of images; give its folder")
     alone = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if alone and classes is None:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    if alone and names:
+        raise ConfigError(
+            f"{field}: {folder} holds images beside folders, so that it is neither one class nor "
+            "several; move the former"
+        )
+    if alone and not classes:
         return alone, None, []
     if classes is not None and names != list(classes):
         raise ConfigError(

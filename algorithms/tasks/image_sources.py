@@ -146,16 +146,25 @@ class HubImages(ImageSource):
                 )
             return found
 
-        labels = None
-        if self.label in rows.column_names:
-            labels = np.array(rows[self.label], dtype=np.int64)
-            if labels.max(initial=-1) < 0:
-                labels = None
-            elif labels.min() < 0:
-                raise ConfigError(
-                    f"task.data.label: some of split '{split}' are negative; use another split"
-                )
+        labels = self._labels(rows, split) if self.label in rows.column_names else None
         return Images(in_memory(Decoded(len(rows), picture, self.size)), labels)
+
+    def _labels(self, rows: Any, split: str) -> np.ndarray | None:
+        try:
+            labels = np.array(rows[self.label], dtype=np.int64)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"task.data.label: column '{self.label}' of '{self.dataset}' holds no classes "
+                f"({error}); name another"
+            ) from error
+        if labels.max(initial=-1) < 0:
+            return None
+        if labels.min() < 0:
+            raise ConfigError(
+                f"task.data.label: some of split '{split}' are negative, and others are not; use "
+                "another split"
+            )
+        return labels
 
 
 def read_arrays(path: str, field: str) -> dict[str, np.ndarray]:

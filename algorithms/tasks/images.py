@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from gossamer.algorithms.problems import Dataset
@@ -18,8 +20,9 @@ from gossamer.algorithms.tasks.bundled import read_digits
 from gossamer.algorithms.tasks.classification import Table
 from gossamer.algorithms.tasks.mnist import read_mnist
 from gossamer.runtime.component import Component
+from gossamer.runtime.random import Random
 
-__all__ = ["DigitImages", "ImageData", "ImageSource", "Images", "MNISTImages"]
+__all__ = ["DigitImages", "ImageData", "ImageSource", "Images", "MNISTImages", "PhotographImages"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,33 @@ class MNISTImages(ImageSource):
         """Return them in the order of the files, scaled by 1/255."""
         train, test = read_mnist(self.path, "task.data.path")
         return ImageData(_of(train), _of(test))
+
+
+class PhotographImages(ImageSource):
+    """Squares cut at random places out of scikit-learn's two photographs, in turn.
+
+    They are the same whatever the run's seed; the class is the photograph.
+    """
+
+    name: Literal["photographs"] = "photographs"
+    count: int = Field(default=2000, ge=2, strict=True)
+    """How many squares."""
+    size: int = Field(default=64, ge=1, le=427, strict=True)
+    """Pixels of their sides; the photographs are 427 high and 640 wide."""
+
+    def read(self) -> ImageData:
+        """Return them as uint8."""
+        photographs = torch.tensor(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
+        places = torch.empty(self.count, 2)
+        Random(0).stream("task/photographs", range(self.count)).uniform_(places)
+        free = torch.tensor(photographs.shape[2:]) - self.size + 1
+        corners = (places * free).long().tolist()
+        labels = np.arange(self.count) % len(photographs)
+        squares = [
+            photographs[label, :, top : top + self.size, left : left + self.size]
+            for label, (top, left) in zip(labels, corners, strict=True)
+        ]
+        return ImageData(Images(TensorDataset((torch.stack(squares),)), labels))
 
 
 def _of(table: Table) -> Images:

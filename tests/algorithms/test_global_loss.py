@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from contrastive_for_tests import written_out
 from thread_ranks import on_processes
 
 from gossamer.algorithms.contrastive import global_loss
@@ -20,18 +21,6 @@ def embeddings(n, dim=5, seed=0):
     return unit(rows).view(2, n, dim)
 
 
-def written_out(z, beta, pairs):
-    """Equation (1), a row at a time."""
-    views, n, _ = z.shape
-    total = 0.0
-    for v in range(views):
-        for i in range(n):
-            others = [z[w, k] for k in range(n) if k != i for w in ((1 - v,) if pairs else (0, 1))]
-            scores = beta * torch.stack(others) @ z[v, i]
-            total = total + scores.exp().sum().log() - beta * z[v, i] @ z[1 - v, i]
-    return total / (views * n)
-
-
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize(("n", "block"), [(2, 256), (7, 3), (7, 256)])
 def test_value_and_gradient_are_those_of_the_formula(monkeypatch, pairs, n, block):
@@ -40,7 +29,8 @@ def test_value_and_gradient_are_those_of_the_formula(monkeypatch, pairs, n, bloc
     expected = written_out(z, 3.0, pairs)
     expected.backward()
     at = z.detach()
-    sums = torch.cat([loss.log_sums(at, range(1)), loss.log_sums(at, range(1, n))], dim=1)
+    parts = [loss.negatives(at, range(1)), loss.negatives(at, range(1, n))]
+    sums = torch.cat(parts, dim=2)[:, 0]
     assert loss.value(at, sums) == pytest.approx(expected.item(), rel=1e-13)
     found = torch.cat([loss.gradient(at, sums, part) for part in (range(1), range(1, n))], dim=1)
     torch.testing.assert_close(found, z.grad, rtol=1e-12, atol=1e-14)
@@ -51,7 +41,7 @@ def test_value_and_gradient_are_those_of_the_formula(monkeypatch, pairs, n, bloc
 def test_equal_embeddings_have_the_loss_log_m_and_no_gradient_along_the_sphere(pairs, beta):
     n, loss = 6, GlobalLoss(beta, pairs)
     z = embeddings(1)[:1, :1].expand(2, n, 5).contiguous()
-    sums = loss.log_sums(z, range(n))
+    sums = loss.negatives(z, range(n))[:, 0]
     assert loss.collapsed(n) == math.log(5 if pairs else 10)
     assert loss.value(z, sums) == pytest.approx(loss.collapsed(n), abs=1e-12 * beta)
     toward = loss.gradient(z, sums, range(n))
@@ -76,9 +66,24 @@ def test_the_pairwise_cosine_is_the_mean_over_rows_and_their_negatives(pairs):
     assert GlobalLoss(1.0, pairs).pairwise_cosine(z) == pytest.approx(expected, rel=1e-13)
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_are_first_where_no_negative_scores_as_high_as_the_positive(pairs):
+    loss, n = GlobalLoss(2.0, pairs), 6
+    z = embeddings(n)
+    z[1, :3] = unit(z[0, :3] + 0.1 * z[1, :3])
+    right = 0
+    for v in (0, 1):
+        for i in range(n):
+            ways = (1 - v,) if pairs else (0, 1)
+            others = torch.stack([z[w, k] for w in ways for k in range(n) if k != i])
+            right += bool(z[v, i] @ z[1 - v, i] > (others @ z[v, i]).max())
+    assert 0 < right < 2 * n
+    assert loss.first(z, loss.negatives(z, range(n))[:, 1]) == pytest.approx(right / (2 * n))
+
+
 def test_a_beta_whose_exponential_overflows_does_no_harm():
     z, loss = embeddings(4), GlobalLoss(beta=1e4)
-    sums = loss.log_sums(z, range(4))
+    sums = loss.negatives(z, range(4))[:, 0]
     assert math.isfinite(loss.value(z, sums))
     assert loss.gradient(z, sums, range(4)).isfinite().all()
 

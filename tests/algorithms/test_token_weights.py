@@ -217,8 +217,8 @@ def test_figures_are_means_over_tokens_though_a_rank_has_none(objective):
         assert batch_loss.mean().item() == pytest.approx(whole, rel=1e-6)
 
 
-def test_texts_are_evaluated_in_parts_no_larger_than_a_batch():
-    assert prepared(documents(LENGTHS))[1].examples_at_once == B
+def test_texts_are_evaluated_in_parts_of_a_batch_or_of_two_thousand_tokens():
+    assert prepared(documents(LENGTHS))[1].examples_at_once == 2048 // T
     assert prepared(documents(LENGTHS), micro_batch_size=2)[1].examples_at_once == 2
 
 

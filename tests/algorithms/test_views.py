@@ -298,7 +298,7 @@ def test_the_papers_recipes_are_these():
         ({"scale": [0.5, 2]}, r"recipe\.scale\.1: must be less than or equal to 1, got 2"),
         ({"jitter": [0.8, 0.8, 0.8, 0.6]}, r"recipe\.jitter\.3: must be less than or equal to 0.5"),
         ({"blur": [0, 2]}, r"recipe\.blur\.0: must be greater than 0"),
-        ({"size": 0}, r"recipe\.size"),
+        ({"size": -1}, r"recipe\.size: must be greater than or equal to 0, got -1"),
     ],
 )
 def test_wrong_fields_are_named(fields, message):
