@@ -70,7 +70,8 @@ class NegCache(ContrastiveLoss):
 
     name: Literal["negcache"] = "negcache"
     refresh: float = Field(default=0.01024, ge=0, le=1)
-    """Share of the cache that is encoded anew at each step, its oldest entries."""
+    """Share of the cache that is encoded anew at each step, on average: of every shard the oldest
+    entries."""
 
     _embeddings: Tensor = PrivateAttr()
     _made: Tensor = PrivateAttr()
@@ -122,7 +123,7 @@ class NegCache(ContrastiveLoss):
             offers.append(torch.cat([best.values, key, torch.logsumexp(scores, dim=0)]))
         table = comm.all_gather(torch.stack(offers)).view(comm.n, 3, -1)
         drawn = table[:, 1].gather(0, table[:, 0].argmax(dim=0, keepdim=True))[0].long()
-        log_sums = torch.logsumexp(table[:, 2], dim=0).float()
+        log_sums = torch.logsumexp(table[:, 2], dim=0).to(setting.dtype)
         own = [self._own_columns(rows) for rows in visit.rows]
         return [drawn[k] for k in own], [log_sums[k] for k in own]
 
@@ -145,7 +146,7 @@ class NegCache(ContrastiveLoss):
         """Put the oldest entries' embeddings of now, and the batch's own, into the cache."""
         cache, made = self._cache(visit, rows), self._made[rows.place]
         keys = self._keys_of(rows)
-        oldest = torch.argsort(made[: len(keys)], stable=True)[: int(self.refresh * len(keys))]
+        oldest = self._oldest(visit, rows.place)
         if len(oldest):
             cache[oldest] = visit.look(rows.place, keys[oldest.cpu()])
         last = last_of_each(rows.ids)
@@ -154,6 +155,17 @@ class NegCache(ContrastiveLoss):
         slots = self._setting.slots(rows)[last]
         cache[slots] = rows.z[last]
         made[oldest], made[slots] = visit.step, visit.step
+
+    def _oldest(self, visit: Visit, place: int) -> Tensor:
+        """Return the entries whose turn it is: shard by shard, whoever owns how many of them."""
+        setting = self._setting
+        sizes = [k * setting.per_example for k in setting.owners.sizes[setting.comm.ranks[place]]]
+        oldest, first = [], 0
+        for size, made in zip(sizes, self._made[place][: sum(sizes)].split(sizes), strict=True):
+            before, after = (int(self.refresh * size * t) for t in (visit.step, visit.step + 1))
+            oldest.append(first + torch.argsort(made, stable=True)[: after - before])
+            first += size
+        return torch.cat(oldest)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the cache and its ages."""

@@ -102,6 +102,8 @@ class Contrastive(ModuleOracle):
     _owners: Owners = PrivateAttr()
     _exchange: Exchange = PrivateAttr()
     _row: Tensor | None = PrivateAttr(default=None)
+    _of_rows: Tensor | None = PrivateAttr(default=None)
+    """(local, 2b): how often a row counts, where f is a mean over examples of unequal shards."""
 
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
         """Lay out the module, and find out who owns which example."""
@@ -137,6 +139,8 @@ class Contrastive(ModuleOracle):
         )
         if problem.figures is not None and hasattr(problem.figures, "beta"):
             problem.figures.beta = self.criterion.beta
+        if self.weighting == "examples":
+            self._of_rows = _shares(shards, parts, comm, batch, one)
         return DataPlan(
             batch_size=self.batch_size,
             sampling=self.sampling,
@@ -213,7 +217,10 @@ class Contrastive(ModuleOracle):
             look_at_batch=partial(self._look_at_batch, passes, batch, draw),
         )
         weights = self.criterion.weigh(visit)
-        terms = [differentiated(r, w) for r, w in zip(rows, weights, strict=True)]
+        terms = [
+            differentiated(r, w, None if self._of_rows is None else self._of_rows[r.place])
+            for r, w in zip(rows, weights, strict=True)
+        ]
         grads = torch.stack([t.rows for t in terms]).view(z.shape)
         if terms[0].columns is not None:
             of_columns = [t.columns for t in terms if t.columns is not None]
@@ -419,6 +426,18 @@ class Contrastive(ModuleOracle):
                 "topology: one_peer_exponential, or negatives: all",
                 comm.topology.name,
             )
+
+
+def _shares(
+    shards: Sequence[np.ndarray], parts: int, comm: Communicator, batch: int, like: Tensor
+) -> Tensor | None:
+    """Return V N_v / N of the shard v of each row, (local, 2b) like ``like``; None: all are 1."""
+    sizes = [len(own) for own in shards]
+    if len(set(sizes)) == 1:
+        return None
+    each = torch.tensor(sizes, dtype=torch.float64) * len(sizes) / sum(sizes)
+    of_ranks = each.view(comm.n, parts)[comm.ranks.start : comm.ranks.stop]
+    return of_ranks.repeat_interleave(batch // parts, dim=1).repeat(1, 2).to(like)
 
 
 def _refuse_shared_statistics(module: nn.Module) -> None:

@@ -78,7 +78,9 @@ class MoCo(ContrastiveLoss):
             weights.append(Weights(None, self.beta, attracts=0.0, others=others))
             made.append(keys.flatten())
         if visit.advances:
-            added = comm.all_gather(torch.stack(made)).view(-1, dim)
+            b = len(visit.rows[0].ids)
+            gathered = comm.all_gather(torch.stack(made)).view(comm.n, 2, b, dim)
+            added = gathered.transpose(0, 1).reshape(-1, dim)  # as columns are ordered
             for i, first in enumerate(seen.flatten().tolist()):
                 places = (first + torch.arange(len(added))) % self.queue
                 queue[i].view(-1, dim)[places.to(queue.device)] = added
