@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -67,6 +67,8 @@ class NegCache(ContrastiveLoss):
     and the oldest ``refresh`` of all, replace those in the cache. Positive and negative weigh
     1 - p, p the positive's softmax against the cache.
     """
+
+    remembers: ClassVar[str | None] = "old embeddings"
 
     name: Literal["negcache"] = "negcache"
     refresh: float = Field(default=0.01024, ge=0, le=1)

@@ -183,6 +183,11 @@ class Contrastive(ModuleOracle):
             losses.append((torch.logsumexp(scores, dim=1) - beta * own).double().mean().cpu())
         return torch.stack(losses)
 
+    @property
+    def remembers(self) -> str | None:
+        """What the loss does."""
+        return self.criterion.remembers
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the buffers, and what the loss remembers of examples."""
         of_loss = {f"loss.{name}": rows for name, rows in self.criterion.state_dict().items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -33,6 +33,8 @@ class EMC2(ContrastiveLoss):
     with their anchor's owner from visit to visit; U is counted by (step, example, view, column), so
     that nothing depends on how many ranks there are.
     """
+
+    remembers: ClassVar[str | None] = "chains"
 
     name: Literal["emc2"] = "emc2"
     burn_in: float = Field(default=0.5, ge=0, lt=1)

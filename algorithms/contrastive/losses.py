@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -163,6 +164,9 @@ class Visit:
 
 class ContrastiveLoss(Component, ABC):
     """Chooses the weights, and keeps what it needs of former visits."""
+
+    remembers: ClassVar[str | None] = None
+    """What is kept of former visits, in the plural."""
 
     name: str = ""
     beta: float = Field(default=14.28, gt=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -27,6 +27,8 @@ class MoCo(ContrastiveLoss):
     Keys come from an encoder that follows the trained one as a moving average; those of a batch,
     positives included, enter the queue of every rank after the step. Nothing flows back into them.
     """
+
+    remembers: ClassVar[str | None] = "key encoders and their queues"
 
     name: Literal["moco"] = "moco"
     queue: int = Field(default=65536, ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
@@ -27,6 +27,8 @@ class _RunningMean(ContrastiveLoss, ABC):
 
     Kept as log u, which no inverse temperature overflows.
     """
+
+    remembers: ClassVar[str | None] = "running means"
 
     gamma: float = Field(default=0.9, gt=0, le=1)
     """Weight of a visit in the running mean: u <- (1 - gamma) u + gamma * (its mean)."""
@@ -119,12 +121,14 @@ class ISogCLR(_RunningMean):
     as 1 / beta, and what evaluations use.
     """
 
+    remembers: ClassVar[str | None] = "running means and temperatures"
+
     name: Literal["isogclr"] = "isogclr"
     rho: float = Field(default=0.3, ge=0)
     """Price of a temperature."""
     tau_min: float = Field(default=0.05, gt=0)
     """Least temperature."""
-    tau_max: float = Field(default=0.7, gt=0)
+    tau_max: float = Field(default=0.7, gt=0, validate_default=True)
     """Greatest temperature."""
     tau_lr: float = Field(default=0.01, gt=0)
     """Step of a temperature along its averaged gradient."""

@@ -8,7 +8,7 @@ import yaml
 from test_same_bits import gossamer, mpirun, run, torchrun
 
 # So sharp that states are held from visit to visit.
-STALE = {"name": "emc2", "beta": 200, "burn_in": 0.1}
+STALE = {"name": "emc2", "beta": 2000, "burn_in": 0.0}
 FRESH = {**STALE, "score": "fresh"}
 LOSSES = {
     "emc2-fresh": FRESH,
