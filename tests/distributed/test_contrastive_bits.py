@@ -43,7 +43,10 @@ def runs():
         "algorithm": {"name": "dsgd"},
         "topology": {"name": "star"},
     }
-    found["dsgd-all"] = {"oracle": {"loss": FRESH}, "algorithm": {"name": "dsgd"}}
+    # Two points of one batch, several gradients a step, an exchange under way meanwhile.
+    for name in ("dsgd", "gt-hsgd", "local-sgd", "ad-psgd"):
+        found[name] = {"oracle": {"loss": FRESH}, "algorithm": {"name": name}}
+    found["local-sgd"]["algorithm"]["local_steps"] = 2
     return found
 
 
