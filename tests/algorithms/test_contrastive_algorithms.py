@@ -83,7 +83,7 @@ def test_all_reduce_keeps_the_ranks_equal_to_the_bit():
 
 
 def test_per_layer_updates_say_why_not():
-    with pytest.raises(ConfigError, match="per_layer.*contrastive"):
+    with pytest.raises(ConfigError, match=r"per_layer.*contrastive"):
         program("all-reduce", algorithm={"per_layer": True})
 
 

@@ -137,3 +137,70 @@ def test_moco_is_cross_entropy_against_a_queue_of_a_slow_encoder():
         torch.testing.assert_close(bench(batch).grad.mean(0), expected, **CLOSE)
         queue += list(keys.flatten(0, 1))
         bench.x += 0.05 * torch.randn(bench.x.shape[1], generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_isogclr_learns_a_temperature_for_each_anchor(mode):
+    loss = {"name": "isogclr", "beta": 5.0, "gamma": 0.6, "tau_lr": 0.05, "rho": 0.1}
+    bench = Bench(loss, 2, of={"mode": mode, "count": 8, **DOUBLE})
+    log_u, tau, velocity = {}, {}, {}
+    for bench.comm.step in range(5):
+        batch, row = bench.batches(), bench.leaf()
+        _, cosines, valid = scores_of(bench, batch, 1.0, row)
+        ids = torch.cat([b.indices for b in batch]).tolist()
+        keys = [(ids[r % 8], 0 if mode == "infinite" else r // 8) for r in range(16)]
+        taus = torch.tensor([tau.get(k, 0.2) for k in keys], dtype=torch.float64)
+        masked = (cosines / taus[:, None]).masked_fill(~valid, -torch.inf)
+        mean = torch.logsumexp(masked, 1) - valid.sum(1).double().log()
+        old = torch.tensor([log_u.get(k, -torch.inf) for k in keys], dtype=torch.float64)
+        mixed = torch.logaddexp(math.log(0.4) + old, math.log(0.6) + mean)
+        new = torch.where(old.isinf(), mean, mixed).detach()
+        weights = (masked - new[:, None]).exp().detach() / valid.sum(1)[:, None]
+        expected = gradient(((weights * cosines).sum(1) - positives_of(cosines)).mean(), row)
+        torch.testing.assert_close(bench(batch).grad.mean(0), expected, **CLOSE)
+        slope = new + 0.1 - (weights * cosines.detach()).sum(1) / taus
+        for key in set(keys):
+            rows = [r for r, k in enumerate(keys) if k == key]
+            log_u[key] = float(torch.logsumexp(new[rows], 0)) - math.log(len(rows))
+            velocity[key] = 0.9 * velocity.get(key, 0.0) + 0.1 * float(slope[rows].mean())
+            tau[key] = min(max(float(taus[rows[0]]) - 0.05 * velocity[key], 0.05), 0.7)
+    assert len(set(tau.values())) > 1
+    kept = bench.oracle.criterion._tau
+    torch.testing.assert_close(kept.sum(), torch.tensor(sum(tau.values())).double())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_negcache_draws_by_the_softmax_of_what_it_keeps(mode):
+    beta, draws = 3.0, 100
+    of = {"mode": mode, "count": 8, **DOUBLE}
+    bench = Bench({"name": "negcache", "beta": beta, "refresh": 0.0}, 2, of=of, batch_size=2)
+    batch, row = bench.batch_of([0, 4], [1, 5]), bench.leaf()
+    total = torch.zeros_like(bench.x[0])
+    views = mode == "infinite"
+    for bench.comm.step in range(draws):
+        for rank, ids in enumerate(bench.oracle.criterion._setting.owners.ids):
+            keys = 2 * torch.from_numpy(ids)
+            if not views:
+                keys = torch.stack([keys, keys + 1], 1).flatten()
+            bench.oracle.criterion._embeddings[rank] = bench.held(keys).flatten()
+            bench.oracle.criterion._made[rank] = 0
+        if views:  # the same views at each visit: what is averaged is the draw
+            bench.problem.contrast.spread = 0.0
+        total += bench(batch).grad.mean(0)
+    # All draws: w_k = (1 - p) softmax_k against the cache, and 1 - p for the positive.
+    z, every = bench.embeddings(batch, row).flatten(0, 1), torch.arange(8)
+    ids, terms = torch.cat([b.indices for b in batch]), []
+    for r in range(8):
+        others = []
+        for side in (0,) if views else (0, 1):
+            if mode != "pairs" or side != r // 4:
+                others += (2 * every[every != ids[r % 4]] + side).tolist()
+        against = bench.held(torch.tensor(others), row)
+        scores = beta * against.detach() @ z[r].detach()
+        positive = beta * (z[r] @ z[(r + 4) % 8]).detach()
+        share = 1 - torch.sigmoid(positive - torch.logsumexp(scores, 0))
+        repelled = torch.softmax(scores, 0) @ (against @ z[r])
+        terms.append(beta * share * (repelled - z[r] @ z[(r + 4) % 8]))
+    expected = gradient(torch.stack(terms).mean(), row)
+    # 8 draws a step: what is left is their noise, about 1 / sqrt(800).
+    assert (total / draws - expected).norm() < 0.12 * expected.norm()
