@@ -44,6 +44,8 @@ class Full(ContrastiveLoss):
     as they are.
     """
 
+    beyond_columns: ClassVar[bool] = True
+
     name: Literal["full"] = "full"
 
     def weigh(self, visit: Visit) -> list[Weights]:
@@ -69,6 +71,7 @@ class NegCache(ContrastiveLoss):
     """
 
     remembers: ClassVar[str | None] = "old embeddings"
+    beyond_columns: ClassVar[bool] = True
 
     name: Literal["negcache"] = "negcache"
     refresh: float = Field(default=0.01024, ge=0, le=1)

@@ -420,11 +420,14 @@ class Contrastive(ModuleOracle):
 
     def _require_neighbors(self, comm: Communicator) -> None:
         """Refuse a loss that looks at all ranks; say what a graph that stays does to the others."""
-        if isinstance(self.criterion, NegCache):
+        if self.criterion.beyond_columns:
             raise ConfigError(
-                "oracle.negatives: negcache looks through the caches of all ranks; use all"
+                f"oracle.negatives: those of {self.criterion.name} are of all ranks, whoever the "
+                "neighbors are; use all"
             )
-        if comm.n > 2 and comm.topology.period == 1:
+        graph = comm.topology
+        hears_all = graph.round(0).num_messages == comm.n * (comm.n - 1)
+        if graph.period == 1 and not hears_all:
             log.warning(
                 "negatives of neighbours in %s, which never changes: a rank's examples are "
                 "contrasted with those of the same few ranks, not with the whole data set; use "

@@ -167,6 +167,8 @@ class ContrastiveLoss(Component, ABC):
 
     remembers: ClassVar[str | None] = None
     """What is kept of former visits, in the plural."""
+    beyond_columns: ClassVar[bool] = False
+    """Whether its negatives are of all ranks, whichever columns a rank hears."""
 
     name: str = ""
     beta: float = Field(default=14.28, gt=0)

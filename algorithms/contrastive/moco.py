@@ -29,6 +29,7 @@ class MoCo(ContrastiveLoss):
     """
 
     remembers: ClassVar[str | None] = "key encoders and their queues"
+    beyond_columns: ClassVar[bool] = True
 
     name: Literal["moco"] = "moco"
     queue: int = Field(default=65536, ge=1)

@@ -99,3 +99,103 @@ def test_examples_weigh_rows_by_the_shards_they_stand_for():
     (expected,) = torch.autograd.grad((weights * terms).sum() / 8, row)
     torch.testing.assert_close(grads["examples"].mean(0), expected, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(grads["examples"], grads["ranks"])
+
+
+# --- bytes ------------------------------------------------------------------------------------
+
+
+def bytes_of(bench, batch):
+    """Return what each rank sends in a step, counted as the run counts it."""
+    before = bench.comm.traffic.bytes_sent.copy()
+    bench(batch)
+    return (bench.comm.traffic.bytes_sent - before).tolist()
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("loss", ["simclr", "sogclr"])
+def test_bytes_are_those_of_a_gather_of_embeddings_and_ids_and_a_scatter_back(n, loss):
+    bench = Bench(loss, n, batch_size=3)
+    b, dim = 3, 5
+    gathered, scattered = (n - 1) * 2 * b * dim * 4, (n - 1) * 2 * b * dim * 4
+    assert bytes_of(bench, bench.batches()) == [gathered + (n - 1) * b * 8 + scattered] * n
+
+
+def test_bytes_of_held_states_are_keys_there_and_rows_back_and_gradients_there():
+    n, dim = 3, 5
+    bench = Bench({"name": "emc2", "burn_in": 0.0}, n, of={"count": 12}, batch_size=2)
+    columns = bytes_of(bench, bench.batch_of([0, 3], [1, 4], [2, 5]))
+    table, scores = bench.oracle.criterion._keys, bench.oracle.criterion._scores
+    scores.fill_(1e6)  # never left
+    # Rank 0 holds three states of rank 1 (one of them twice), rank 1 one of rank 2, rank 2 its own.
+    table[0] = torch.tensor([2 * 7, 2 * 10, 2 * 7 + 1, 2 * 7, -1, -1, -1, -1])
+    table[1] = torch.tensor([2 * 8] * 8)
+    table[2] = torch.tensor([2 * 11] * 8)
+    bench.comm.step = 1
+    found = bytes_of(bench, bench.batch_of([0, 3], [1, 4], [2, 5]))
+    exchanges = 3 * (n - 1) * 8  # the lengths of the messages, thrice
+    keys = [3 * 8, 1 * 8, 0]
+    rows = [0, 3 * dim * 4, 1 * dim * 4]
+    gradients = [3 * dim * 4, 1 * dim * 4, 0]
+    plain = (n - 1) * (2 * 2 * 2 * dim * 4 + 2 * 8)
+    assert columns == [plain + exchanges] * n  # nobody held anything
+    assert found == [
+        plain + exchanges + k + r + g for k, r, g in zip(keys, rows, gradients, strict=True)
+    ]
+
+
+def test_neighbors_send_along_the_edges_alone():
+    bench = Bench("simclr", 4, topology="ring", batch_size=3, negatives="neighbors")
+    b, dim = 3, 5
+    assert bytes_of(bench, bench.batches()) == [2 * (2 * 2 * b * dim * 4 + b * 8)] * 4
+
+
+# --- neighbours -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", ["complete", "ring", "star", "one_peer_exponential"])
+def test_gradients_of_neighbours_come_back_to_who_made_the_embeddings(topology):
+    bench = Bench("dcl", 4, topology=topology, of={"dtype": torch.float64}, negatives="neighbors")
+    generator = torch.Generator().manual_seed(0)
+    bench.x += 0.2 * torch.randn(bench.x.shape, generator=generator, dtype=torch.float64)
+    for bench.comm.round in range(2):
+        batch = bench.batches()
+        leaf = bench.x.clone().requires_grad_()
+        z = [bench.embeddings([own], row) for own, row in zip(batch, leaf, strict=True)]
+        W = bench.comm.topology.round(bench.comm.round).matrix()
+        terms = []
+        for i in range(4):
+            near = [j for j in range(4) if j == i or W[i, j] != 0]
+            for view in (0, 1):
+                for k in range(4):
+                    others = [
+                        z[j][side, m]
+                        for j in near
+                        for side in (0, 1)
+                        for m in range(4)
+                        if (j, m) != (i, k)
+                    ]
+                    anchor, positive = z[i][view, k], z[i][1 - view, k]
+                    scores = 14.28 * torch.stack(others) @ anchor
+                    terms.append((torch.logsumexp(scores, 0) - 14.28 * positive @ anchor) / 8)
+        (expected,) = torch.autograd.grad(torch.stack(terms).sum(), leaf)
+        found = bench.oracle(bench.x, batch).grad
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_negatives_of_all_are_those_of_neighbours_on_a_complete_graph():
+    grads = []
+    for negatives in ("all", "neighbors"):
+        bench = Bench({"name": "emc2", "score": "fresh"}, 3, negatives=negatives)
+        for bench.comm.step in range(3):
+            found = bench()
+        grads.append(found.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_neighbours_that_stay_are_warned_of(caplog):
+    Bench("simclr", 4, topology="ring", negatives="neighbors")
+    assert "negatives of neighbours in ring, which never changes" in caplog.text
+    caplog.clear()
+    for topology in ("one_peer_exponential", "complete"):
+        Bench("simclr", 4, topology=topology, negatives="neighbors")
+    assert not caplog.text

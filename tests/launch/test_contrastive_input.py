@@ -63,13 +63,6 @@ def test_losses_that_cannot_be_are_named(refused, loss, words):
         ),
         ({"oracle": {"sampling": "poisson"}}, ["oracle.sampling", "poisson"]),
         ({"oracle": {"negatives": "near"}}, ["oracle.negatives", "near"]),
-        (
-            {
-                "oracle": {"loss": "negcache", "negatives": "neighbors"},
-                "algorithm": {"name": "dsgd"},
-            },
-            ["oracle.negatives", "negcache", "use all"],
-        ),
         ({"task": {"examples": 3}}, ["ranks: 4", "3 training examples"]),
         ({"task": {"examples": 1}}, ["task.examples", "1"]),
     ],
@@ -77,6 +70,13 @@ def test_losses_that_cannot_be_are_named(refused, loss, words):
 )
 def test_batches_that_cannot_be_are_named(refused, changes, words):
     refused(values(**changes), words)
+
+
+@pytest.mark.parametrize("loss", ["negcache", "full", {"name": "moco", "queue": 64}])
+def test_losses_that_look_beyond_the_neighbours_are_refused_with_them(refused, loss):
+    oracle = {"loss": loss, "negatives": "neighbors"}
+    name = loss if isinstance(loss, str) else loss["name"]
+    refused(values(oracle=oracle), ["oracle.negatives", name, "all ranks", "use all"])
 
 
 def test_backprop_has_no_loss_of_single_views(refused):
