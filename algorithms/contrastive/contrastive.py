@@ -174,10 +174,15 @@ class Contrastive(ModuleOracle):
         return estimate
 
     def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
-        """Return the means of (1) over each rank's rows, with the batch's negatives, (local,)."""
-        passes = self._passes(x, None, self._calls[1])
+        """Return the means of (1) over each rank's rows, with the batch's negatives, (local,).
+
+        With the views and masks of the last gradient of this step, or of the first to come.
+        """
+        step, calls = self._calls
+        draw = calls if step == self._comm.step else 0
+        passes = self._passes(x, None, draw)
         beta, losses = self.criterion.beta, []
-        for rows in self._compared(batch, self._embedded(passes, batch, self._calls[1])[0]):
+        for rows in self._compared(batch, self._embedded(passes, batch, draw)[0]):
             scores = (beta * rows.cosines).masked_fill(~rows.valid, -torch.inf)
             own = rows.cosines.gather(1, rows.positives[:, None])[:, 0]
             losses.append((torch.logsumexp(scores, dim=1) - beta * own).double().mean().cpu())
