@@ -31,8 +31,12 @@ class Terms:
     recalled: dict[int, Tensor]
 
 
-def differentiated(rows: Rows, weights: Weights) -> Terms:
-    """Return l_i = (s / 2b) sum_r [sum_k w_rk <z_r, z_k> - a_r <z_r, z_r+>] and its gradients."""
+def differentiated(rows: Rows, weights: Weights, shares: Tensor | None = None) -> Terms:
+    """Return l_i = (s / 2b) sum_r [sum_k w_rk <z_r, z_k> - a_r <z_r, z_r+>] and its gradients.
+
+    In the gradients row r counts ``shares[r]`` times, (2b,); None: once.
+    """
+    anchors = rows.z if shares is None else shares[:, None] * rows.z
     scale = weights.scale / len(rows.z)
     loss = torch.zeros((), dtype=torch.float64)
     grad, columns, recalled = torch.zeros_like(rows.z), None, dict[int, Tensor]()
@@ -41,12 +45,14 @@ def differentiated(rows: Rows, weights: Weights) -> Terms:
         w[torch.arange(len(w)), rows.positives] -= weights.attracts
         loss += (w * rows.cosines).sum().double().cpu()
         grad += scale * (w @ rows.columns.z)
-        columns = scale * (w.T @ rows.z)
+        columns = scale * (w.T @ anchors)
     for others in weights.others:
         loss += (others.weights * (rows.z @ others.z.T)).sum().double().cpu()
         grad += scale * (others.weights @ others.z)
         if others.recalled is not None:
-            recalled[others.recalled] = scale * (others.weights.T @ rows.z)
+            recalled[others.recalled] = scale * (others.weights.T @ anchors)
+    if shares is not None:
+        grad *= shares[:, None]
     return Terms(scale * loss, grad, columns, recalled)
 
 
