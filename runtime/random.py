@@ -79,20 +79,14 @@ class Stream:
         low, high = self._words(2)[0]
         return (int(high) << 32 | int(low)) >> 1
 
-    def _counter(self, row: int) -> tuple[int, int, int]:
-        return (self.ids[row], self.step, self.draw)
-
     def _fill(self, distribution: str, out: Tensor, begin: int) -> Tensor:
         if out.shape[0] != len(self.ids):
             raise ValueError(f"{distribution}_: out has {out.shape[0]} rows, ids {len(self.ids)}")
-        for row in range(len(self.ids)):
-            target = out[row]
-            if target.is_cpu and target.dtype in (torch.float32, torch.float64):
-                native.fill(distribution, target, self.key, self._counter(row), begin)
-            else:
-                host = torch.empty(target.shape, dtype=torch.float32)
-                target.copy_(native.fill(distribution, host, self.key, self._counter(row), begin))
-        return out
+        direct = out.is_cpu and out.dtype in (torch.float32, torch.float64)
+        host = out if direct else torch.empty(out.shape, dtype=torch.float32)
+        counter = (self.step, self.draw)
+        native.fill_rows(distribution, host, self.key, self.ids, counter, begin)
+        return out if direct else out.copy_(host)
 
     def _words(self, count: int) -> np.ndarray:
         return native.fill_word_rows(count, self.key, self.ids, (self.step, self.draw))

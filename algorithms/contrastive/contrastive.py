@@ -235,7 +235,7 @@ class Contrastive(ModuleOracle):
         if terms[0].columns is not None:
             of_columns = [t.columns for t in terms if t.columns is not None]
             back = self._exchange.scatter(of_columns, z.shape)
-            grads = combine([(1.0, grads.flatten(1)), (1.0, back.flatten(1))]).view(z.shape)
+            grads += back
         for one, of_rank in zip(grads.flatten(1, 2), made, strict=True):
             for part, of_pass in zip(one.split(len(one) // len(of_rank)), of_rank, strict=True):
                 passes.backward(of_pass, part)

@@ -68,8 +68,10 @@ class EMC2(ContrastiveLoss):
         b, width = len(rows.ids), rows.cosines.shape[1]
         random = self._setting.comm.seed
         stream = random.stream("chain", rows.ids.tolist(), visit.step, visit.draw)
-        drawn = stream.uniform_(torch.empty(b, 2 * width))
-        return torch.cat([drawn[:, :width], drawn[:, width:]])
+        drawn = torch.empty(2 * b, width)
+        for view, half in enumerate(drawn.split(b)):
+            stream.uniform_(half, begin=view * width)
+        return drawn
 
     def weigh(self, visit: Visit) -> list[Weights]:
         """Move the chains and return the shares of their states."""
@@ -102,7 +104,7 @@ class EMC2(ContrastiveLoss):
         """Offer each row the columns of the batch, one by one."""
         mode = self._setting.mode
         width = rows.cosines.shape[1]
-        proposed = rows.valid.sum(dim=1)
+        proposed = rows.negatives
         is_over = self.burn_in_until is not None and visit.step >= self.burn_in_until
         burnt = (proposed * (0.0 if is_over else self.burn_in) + 1e-9).floor().int()
         as_released = self.compat == "official"
@@ -120,25 +122,26 @@ class EMC2(ContrastiveLoss):
         # A row that nothing can be offered has no weight.
         states = (proposed - burnt).clamp_min(1).to(rows.z.dtype)
         held = moves.held - burnt if as_released else moves.held
+        held_share = held.clamp_min(0) / states
         return _Walk(
             rows=rows,
             slots=slots,
             keys=keys,
             moves=moves,
-            share=moves.counts / states[:, None],
-            held_share=held.clamp_min(0) / states,
+            share=moves.counts.float().div_(states[:, None]),
+            held_share=held_share,
             figures={
                 "acceptance": float(moves.accepted.sum() / proposed.sum().clamp_min(1)),
-                "held_share": float((held.clamp_min(0) / states).mean()),
+                "held_share": float(held_share.mean()),
                 "chain_age": self._age(visit, rows, slots, keys),
             },
         )
 
     def _age(self, visit: Visit, rows: Rows, slots: Tensor, keys: Keys) -> float:
         """Return for how many steps the states carried in have stood, on average; 0: none has."""
-        standing = (keys >= 0).nonzero().flatten()
-        since = self._since[rows.place][slots[standing]]
-        return float((visit.step - since).double().mean()) if len(standing) else 0.0
+        standing = keys >= 0
+        ages = (visit.step - self._since[rows.place][slots]) * standing
+        return float(ages.sum() / standing.sum().clamp_min(1))
 
     def _store(self, visit: Visit, walk: _Walk) -> None:
         """Keep the states; of an example that stands in the batch twice, the last one's."""
@@ -153,10 +156,9 @@ class EMC2(ContrastiveLoss):
             key = key + state // examples
         moved, slots = state >= 0, walk.slots[final]
         place = rows.place
-        self._keys[place, slots] = torch.where(moved, key, self._keys[place, slots])
+        self._keys[place, slots] = torch.where(moved, key, walk.keys[final])
         self._scores[place, slots] = score
-        now = torch.full_like(self._since[place, slots], visit.step)
-        self._since[place, slots] = torch.where(moved, now, self._since[place, slots])
+        self._since[place, slots[moved]] = visit.step
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the chains' states, their scores, and when they were taken."""

@@ -41,5 +41,5 @@ class DCL(ContrastiveLoss):
 
 
 def _softmax(beta: float, rows: Rows, columns: Tensor) -> Tensor:
-    scores = (beta * rows.cosines).masked_fill_(~columns, -torch.inf)
+    scores = torch.where(columns, beta * rows.cosines, -torch.inf)
     return torch.softmax(scores, dim=1).nan_to_num_(nan=0.0)  # a row without a column: no weight

@@ -16,8 +16,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
@@ -56,6 +58,11 @@ class Rows:
     cosines: Tensor
     valid: Tensor
     positives: Tensor
+
+    @cached_property
+    def negatives(self) -> Tensor:
+        """How many each row has, int64 (2b,)."""
+        return self.valid.sum(dim=1)
 
 
 @dataclass
@@ -200,5 +207,5 @@ class ContrastiveLoss(Component, ABC):
 
 def last_of_each(ids: Tensor) -> Tensor:
     """Return the places in ids (b,) where each value stands for the last time, ascending."""
-    last = {int(value): place for place, value in enumerate(ids)}
-    return torch.tensor(sorted(last.values()), dtype=torch.int64)
+    _, from_the_end = np.unique(ids.numpy()[::-1], return_index=True)
+    return torch.from_numpy(np.sort(len(ids) - 1 - from_the_end))

@@ -75,9 +75,12 @@ class Recalls:
     def __call__(self, keys: Sequence[Keys], gradient: bool = True) -> tuple[int, list[Tensor]]:
         """Return the number of this recall, and embeddings (k_i, dim) of ``keys[i]`` (k_i,).
 
-        ``gradient`` says whether they get one; on all processes alike.
+        ``gradient`` says whether they get one; on all processes alike. The number is -1 where the
+        only rank there is asks for nothing.
         """
         comm, orders, requests = self._comm, [], []
+        if comm.n == 1 and not len(keys[0]):
+            return -1, [self._like.new_zeros(0, self._dim)]
         if gradient:
             self.open.append(len(self._parts))
         for wanted in keys:

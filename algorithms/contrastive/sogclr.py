@@ -63,8 +63,8 @@ class _RunningMean(ContrastiveLoss, ABC):
 
     def _normalised(self, visit: Visit, rows: Rows, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return w = e / (u * number of negatives) and log u with this visit in it, and keep u."""
-        scores = self._scores(rows, slots).masked_fill_(~rows.valid, -torch.inf)
-        log_count = rows.valid.sum(dim=1, dtype=scores.dtype).log()
+        scores = torch.where(rows.valid, self._scores(rows, slots), -torch.inf)
+        log_count = rows.negatives.to(scores.dtype).log()
         old = self._log_u[rows.place][slots]
         gamma = self._weight(visit, old)
         mean = torch.logsumexp(scores, dim=1) - log_count
@@ -132,8 +132,8 @@ class ISogCLR(_RunningMean):
     """Greatest temperature."""
     tau_lr: float = Field(default=0.01, gt=0)
     """Step of a temperature along its averaged gradient."""
-    tau_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Share of the former average."""
+    tau_momentum: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the former average; LibAUC's `beta` of 0.9 is that of the new gradient."""
 
     _tau: Tensor = PrivateAttr()
     _velocity: Tensor = PrivateAttr()

@@ -37,23 +37,24 @@ def differentiated(rows: Rows, weights: Weights, shares: Tensor | None = None) -
     In the gradients row r counts ``shares[r]`` times, (2b,); None: once.
     """
     anchors = rows.z if shares is None else shares[:, None] * rows.z
-    scale = weights.scale / len(rows.z)
-    loss = torch.zeros((), dtype=torch.float64)
-    grad, columns, recalled = torch.zeros_like(rows.z), None, dict[int, Tensor]()
-    if weights.columns is not None or not isinstance(weights.attracts, float) or weights.attracts:
-        w = torch.zeros_like(rows.cosines) if weights.columns is None else weights.columns.clone()
-        w[torch.arange(len(w)), rows.positives] -= weights.attracts
-        loss += (w * rows.cosines).sum().double().cpu()
-        grad += scale * (w @ rows.columns.z)
-        columns = scale * (w.T @ anchors)
+    scale, w = weights.scale / len(rows.z), weights.columns
+    met, columns, recalled = torch.zeros_like(rows.z), None, dict[int, Tensor]()
+    if w is not None:
+        met += w @ rows.columns.z
+        columns = (anchors.T @ w).T.contiguous()  # w is read along its rows
+    if not isinstance(weights.attracts, float) or weights.attracts:
+        attracts = torch.as_tensor(weights.attracts).to(rows.z).view(-1, 1)
+        columns = torch.zeros_like(rows.columns.z) if columns is None else columns
+        met -= attracts * rows.columns.z[rows.positives]
+        columns[rows.positives] -= attracts * anchors  # each row has a positive of its own
     for others in weights.others:
-        loss += (others.weights * (rows.z @ others.z.T)).sum().double().cpu()
-        grad += scale * (others.weights @ others.z)
+        met += others.weights @ others.z
         if others.recalled is not None:
             recalled[others.recalled] = scale * (others.weights.T @ anchors)
-    if shares is not None:
-        grad *= shares[:, None]
-    return Terms(scale * loss, grad, columns, recalled)
+    # The sum over r and k of w_rk <z_r, z_k> is that over r of <z_r, what r met>.
+    loss = scale * (rows.z * met).double().sum().cpu()
+    met = met if shares is None else shares[:, None] * met
+    return Terms(loss, met * scale, None if columns is None else columns * scale, recalled)
 
 
 def figures_of(rows: Sequence[Rows], weights: Sequence[Weights]) -> Metrics:
@@ -65,7 +66,9 @@ def figures_of(rows: Sequence[Rows], weights: Sequence[Weights]) -> Metrics:
     every = [
         {
             "positive_cosine": float(r.cosines.gather(1, r.positives[:, None]).mean()),
-            "negative_cosine": float(r.cosines[r.valid].mean()),
+            "negative_cosine": float(
+                torch.where(r.valid, r.cosines, 0.0).sum() / r.negatives.sum()
+            ),
             **w.figures,
         }
         for r, w in zip(rows, weights, strict=True)

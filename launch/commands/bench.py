@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gossamer.launch.commands.bench_contrastive import contrastive
 from gossamer.launch.commands.bench_options import (
     Dtype,
     Factor,
@@ -188,6 +189,7 @@ def ddp(
     return 0
 
 
+app.command()(contrastive)
 app.command()(private)
 app.command()(release)
 app.command()(low_rank)

@@ -18,6 +18,7 @@ __all__ = [
     "add_random",
     "fill",
     "fill_random",
+    "fill_rows",
     "fill_word_rows",
     "fill_words",
     "normals_of_words",
@@ -333,14 +334,43 @@ def fill(
     Returns:
         ``out``.
     """
-    if out.dtype not in (torch.float32, torch.float64) or not out.is_contiguous() or out.is_cuda:
+    c1, c2, c3 = counter
+    fill_rows(distribution, out[None], key, (c1,), (c2, c3), begin)
+    return out
+
+
+def fill_rows(
+    distribution: str,
+    out: Tensor,
+    key: int,
+    ids: Sequence[int],
+    counter: tuple[int, int],
+    begin: int = 0,
+) -> Tensor:
+    """Fill each ``out[k]`` with elements begin.. of the Philox stream (key; ids[k], c2, c3).
+
+    Args:
+        distribution: ``uniform`` in (0, 1), ``normal`` or ``rademacher``.
+        out: (ids, ...) float32 or float64, each ``out[k]`` contiguous, on the CPU.
+        key: 64 bits.
+        ids: 32-bit words.
+        counter: two 32-bit words.
+        begin: position in the streams of the first element.
+
+    Returns:
+        ``out``.
+    """
+    if not len(out):
+        return out
+    if out.dtype not in (torch.float32, torch.float64) or not out[0].is_contiguous() or out.is_cuda:
         raise ValueError(
             f"{distribution}_: out must be contiguous float32 or float64 on the CPU, got "
             f"{out.dtype} with strides {out.stride()} on {out.device}"
         )
-    c1, c2, c3 = counter
+    c2, c3 = counter
     direction = (_DISTRIBUTIONS[distribution], (key, c2, c3), None)
-    pieces = [(out.data_ptr(), out.numel(), begin, c1)]
+    first, step, length = out.data_ptr(), out.stride(0) * out.itemsize, out[0].numel()
+    pieces = [(first + k * step, length, begin, c1) for k, c1 in enumerate(ids)]
     _C.fill_random(pieces, DTYPES[out.dtype], direction, num_threads())
     return out
 
