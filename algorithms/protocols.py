@@ -112,6 +112,11 @@ class Oracle(Component, ABC):
         return "open"
 
     @property
+    def remembers(self) -> str | None:
+        """What it keeps of examples from step to step, in the plural, for whoever would lose it."""
+        return None
+
+    @property
     def keeps_whole(self) -> str | None:
         """Why a ``sink`` would save no memory; None: it gets gradients as they are made."""
         return f"{self.name} gives whole gradients"

@@ -152,9 +152,11 @@ class Resumption:
             print(f"gossamer: resuming with another {self._changes}", file=sys.stderr)
         if self._elsewhere:
             if leader:
+                remembered = program.oracle.remembers
                 print(
                     f"gossamer: resuming {comm.n} ranks from the mean of {checkpoint.meta['n']}; "
-                    "what else the algorithm kept starts afresh",
+                    "what else the algorithm kept starts afresh"
+                    + (f", and so do the {remembered} of examples" if remembered else ""),
                     file=sys.stderr,
                 )
                 if getattr(program.problem.train, "sequential", False):

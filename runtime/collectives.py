@@ -178,6 +178,9 @@ class RankGroup(HostedRanks):
 
     def all_to_all(self, x: Tensor, *, count: bool = True) -> Tensor:
         """Return y with ``y[i, j] = x[j, i]``: every rank's part; (local, n, m) both."""
+        return self._all_to_all(x, "all_to_all", count)
+
+    def _all_to_all(self, x: Tensor, operation: str, count: bool) -> Tensor:
         if x.dim() != 3 or x.shape[:2] != (self.local, self.n) or x.is_cpu != self._is_cpu:
             raise ValueError(
                 f"all_to_all: x must be ({self.local}, {self.n}, m) on {self.device}, got "
@@ -199,7 +202,7 @@ class RankGroup(HostedRanks):
             receives.append((p, part))
             parts.append((columns, part))
         # A peer's block arrives as [my rank, its rank].
-        self._exchange(sends, receives, "all_to_all")
+        self._exchange(sends, receives, operation)
         for columns, part in parts:
             out[:, columns] = part
         return out
@@ -238,7 +241,8 @@ class RankGroup(HostedRanks):
             sizes = others * (8 + lengths * messages[0][0].itemsize)
             self.traffic.messages_sent[:] += self.n - 1
             self.traffic.bytes_sent[:] += sizes.sum(dim=1).numpy()
-        coming = self.all_to_all(lengths[..., None].to(self.device), count=False)[..., 0].tolist()
+        announced = lengths[..., None].to(self.device)
+        coming = self._all_to_all(announced, "all_to_all_ragged", False)[..., 0].tolist()
         sends, receives, parts = [], [], []
         for p in range(self.transport.processes):
             theirs = self.placement.ranks(p)
@@ -272,7 +276,7 @@ class RankGroup(HostedRanks):
                 f"reduce_scatter: a row must have a multiple of n = {self.n} elements, got "
                 f"{x.shape[1]}"
             )
-        received = self.all_to_all(x.reshape(local, self.n, -1), count=count)
+        received = self._all_to_all(x.reshape(local, self.n, -1), "reduce_scatter", count)
         return torch.cat([sum_rows([part]) for part in received])
 
     def barrier(self) -> None:

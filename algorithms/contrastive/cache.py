@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -44,13 +44,15 @@ class Full(ContrastiveLoss):
     as they are.
     """
 
+    beyond_columns: ClassVar[bool] = True
+
     name: Literal["full"] = "full"
 
     def weigh(self, visit: Visit) -> list[Weights]:
         """Return softmax over everything."""
         setting = self._setting
         keys = torch.cat([_all_keys(setting, rank) for rank in range(setting.comm.n)])
-        number, found = visit.recall([keys] * setting.comm.local)
+        number, found = visit.recall([keys] * setting.comm.local, True)
         weights = []
         for rows, z in zip(visit.rows, found, strict=True):
             scores = self.beta * (rows.z @ z.T)
@@ -68,19 +70,28 @@ class NegCache(ContrastiveLoss):
     1 - p, p the positive's softmax against the cache.
     """
 
+    remembers: ClassVar[str | None] = "old embeddings"
+    beyond_columns: ClassVar[bool] = True
+
     name: Literal["negcache"] = "negcache"
     refresh: float = Field(default=0.01024, ge=0, le=1)
-    """Share of the cache that is encoded anew at each step, its oldest entries."""
+    """Share of the cache that is encoded anew at each step, on average: of every shard the oldest
+    entries."""
 
-    _state: dict[str, Tensor] = PrivateAttr(default_factory=dict)
-    """From the first visit on: embeddings (local, entries * dim), and the step each was made at
-    (local, entries)."""
+    _embeddings: Tensor = PrivateAttr()
+    _made: Tensor = PrivateAttr()
+
+    def setup(self, setting: Setting) -> None:
+        """Start without any embedding, which the first visit makes."""
+        super().setup(setting)
+        self._embeddings = setting.table(0.0, width=setting.dim)
+        self._made = setting.table(-1, torch.int64)
 
     def weigh(self, visit: Visit) -> list[Weights]:
         """Draw, and return 1 - p for what was drawn."""
         keys, log_sums = self._drawn(visit)
         different = [torch.unique(k) for k in keys]
-        number, found = visit.recall(different)
+        number, found = visit.recall(different, True)
         weights = []
         for rows, key, log_sum, d, z in zip(
             visit.rows, keys, log_sums, different, found, strict=True
@@ -117,7 +128,7 @@ class NegCache(ContrastiveLoss):
             offers.append(torch.cat([best.values, key, torch.logsumexp(scores, dim=0)]))
         table = comm.all_gather(torch.stack(offers)).view(comm.n, 3, -1)
         drawn = table[:, 1].gather(0, table[:, 0].argmax(dim=0, keepdim=True))[0].long()
-        log_sums = torch.logsumexp(table[:, 2], dim=0).float()
+        log_sums = torch.logsumexp(table[:, 2], dim=0).to(setting.dtype)
         own = [self._own_columns(rows) for rows in visit.rows]
         return [drawn[k] for k in own], [log_sums[k] for k in own]
 
@@ -127,25 +138,20 @@ class NegCache(ContrastiveLoss):
 
     def _cache(self, visit: Visit, rows: Rows) -> Tensor:
         """Return the rank's part of the cache (entries, dim); made at the first visit."""
-        setting, dim = self._setting, rows.z.shape[1]
-        if not self._state:
-            parts = [visit.look(r.place, self._keys_of(r)) for r in visit.rows]
-            width = setting.owners.most * setting.per_example
-            cache = visit.x.new_zeros(len(parts), width, dim, dtype=torch.float32)
-            for row, part in zip(cache, parts, strict=True):
-                row[: len(part)] = part
-            self._state = {"cache": cache.flatten(1), "made": setting.table(-1, torch.int64)}
-        entries = len(self._keys_of(rows))
-        return self._state["cache"][rows.place].view(-1, dim)[:entries]
+        keys = self._keys_of(rows)
+        cache = self._embeddings[rows.place].view(-1, self._setting.dim)[: len(keys)]
+        if (self._made[rows.place] < 0).all():
+            cache.copy_(visit.look(rows.place, keys))
+        return cache
 
     def _keys_of(self, rows: Rows) -> Keys:
         return _all_keys(self._setting, self._setting.comm.ranks[rows.place])
 
     def _renew(self, visit: Visit, rows: Rows) -> None:
         """Put the oldest entries' embeddings of now, and the batch's own, into the cache."""
-        cache, made = self._cache(visit, rows), self._state["made"][rows.place]
+        cache, made = self._cache(visit, rows), self._made[rows.place]
         keys = self._keys_of(rows)
-        oldest = torch.argsort(made[: len(keys)], stable=True)[: int(self.refresh * len(keys))]
+        oldest = self._oldest(visit, rows.place)
         if len(oldest):
             cache[oldest] = visit.look(rows.place, keys[oldest.cpu()])
         last = last_of_each(rows.ids)
@@ -155,10 +161,17 @@ class NegCache(ContrastiveLoss):
         cache[slots] = rows.z[last]
         made[oldest], made[slots] = visit.step, visit.step
 
+    def _oldest(self, visit: Visit, place: int) -> Tensor:
+        """Return the entries whose turn it is: shard by shard, whoever owns how many of them."""
+        setting = self._setting
+        sizes = [k * setting.per_example for k in setting.owners.sizes[setting.comm.ranks[place]]]
+        oldest, first = [], 0
+        for size, made in zip(sizes, self._made[place][: sum(sizes)].split(sizes), strict=True):
+            before, after = (int(self.refresh * size * t) for t in (visit.step, visit.step + 1))
+            oldest.append(first + torch.argsort(made, stable=True)[: after - before])
+            first += size
+        return torch.cat(oldest)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the cache and its ages."""
-        return dict(self._state)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
-        self._state = {name: state[name] for name in ("cache", "made") if state}
+        return {"cache": self._embeddings, "made": self._made}

@@ -102,6 +102,8 @@ class Contrastive(ModuleOracle):
     _owners: Owners = PrivateAttr()
     _exchange: Exchange = PrivateAttr()
     _row: Tensor | None = PrivateAttr(default=None)
+    _of_rows: Tensor | None = PrivateAttr(default=None)
+    """(local, 2b): how often a row counts, where f is a mean over examples of unequal shards."""
 
     def setup(self, comm: Communicator, problem: Problem) -> DataPlan:
         """Lay out the module, and find out who owns which example."""
@@ -123,9 +125,22 @@ class Contrastive(ModuleOracle):
         if self.negatives == "neighbors":
             self._require_neighbors(comm)
         self._exchange = exchange(comm, self.negatives)
-        self.criterion.setup(Setting(comm, self._owners, self._contrast.mode, batch))
+        one = self._one_embedding()
+        self.criterion.setup(
+            Setting(
+                comm=comm,
+                owners=self._owners,
+                mode=self._contrast.mode,
+                local_batch=batch,
+                layout=self._layout,
+                dim=one.shape[1],
+                dtype=one.dtype,
+            )
+        )
         if problem.figures is not None and hasattr(problem.figures, "beta"):
             problem.figures.beta = self.criterion.beta
+        if self.weighting == "examples":
+            self._of_rows = _shares(shards, parts, comm, batch, one)
         return DataPlan(
             batch_size=self.batch_size,
             sampling=self.sampling,
@@ -149,7 +164,7 @@ class Contrastive(ModuleOracle):
         """
         draw = self._next_draw()
         if combine is None:
-            estimate = self._estimate(x, batch, draw, self._grad, advances=True)
+            estimate = self._estimate(x, x, batch, draw, advances=True)
         else:
             estimate = self._combined(x, batch, draw, combine)
         if sink is not None:
@@ -159,14 +174,24 @@ class Contrastive(ModuleOracle):
         return estimate
 
     def loss(self, x: Tensor, batch: RankBatches) -> Tensor:
-        """Return the means of (1) over each rank's rows, with the batch's negatives, (local,)."""
-        passes = self._passes(x, None, self._calls[1])
+        """Return the means of (1) over each rank's rows, with the batch's negatives, (local,).
+
+        With the views and masks of the last gradient of this step, or of the first to come.
+        """
+        step, calls = self._calls
+        draw = calls if step == self._comm.step else 0
+        passes = self._passes(x, None, draw)
         beta, losses = self.criterion.beta, []
-        for rows in self._compared(batch, self._embedded(passes, batch, self._calls[1])[0]):
+        for rows in self._compared(batch, self._embedded(passes, batch, draw)[0]):
             scores = (beta * rows.cosines).masked_fill(~rows.valid, -torch.inf)
             own = rows.cosines.gather(1, rows.positives[:, None])[:, 0]
             losses.append((torch.logsumexp(scores, dim=1) - beta * own).double().mean().cpu())
         return torch.stack(losses)
+
+    @property
+    def remembers(self) -> str | None:
+        """What the loss does."""
+        return self.criterion.remembers
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the buffers, and what the loss remembers of examples."""
@@ -182,14 +207,15 @@ class Contrastive(ModuleOracle):
     # --- one estimate -------------------------------------------------------------------------
 
     def _estimate(
-        self, x: Tensor, batch: RankBatches, draw: int, grad: Tensor, *, advances: bool
+        self, x: Tensor, point: Tensor, batch: RankBatches, draw: int, *, advances: bool
     ) -> Estimate:
-        """Write the gradients at x (local, d) into ``grad``."""
-        comm, passes = self._comm, self._passes(x, grad.zero_(), draw)
+        """Return the gradients at ``point`` (local, d) of a run that stands at x (local, d)."""
+        comm, grad = self._comm, self._grad.zero_()
+        passes = self._passes(point, grad, draw)
         z, made = self._embedded(passes, batch, draw)
         rows = self._compared(batch, z)
         dim = z.shape[-1]
-        recalls = Recalls(comm, self._owners, dim, self._encoder(passes), passes.backward)
+        recalls = Recalls(comm, self._owners, z, self._encoder(passes), passes.backward)
         visit = Visit(
             x=x,
             rows=rows,
@@ -201,7 +227,10 @@ class Contrastive(ModuleOracle):
             look_at_batch=partial(self._look_at_batch, passes, batch, draw),
         )
         weights = self.criterion.weigh(visit)
-        terms = [differentiated(r, w) for r, w in zip(rows, weights, strict=True)]
+        terms = [
+            differentiated(r, w, None if self._of_rows is None else self._of_rows[r.place])
+            for r, w in zip(rows, weights, strict=True)
+        ]
         grads = torch.stack([t.rows for t in terms]).view(z.shape)
         if terms[0].columns is not None:
             of_columns = [t.columns for t in terms if t.columns is not None]
@@ -210,7 +239,7 @@ class Contrastive(ModuleOracle):
         for one, of_rank in zip(grads.flatten(1, 2), made, strict=True):
             for part, of_pass in zip(one.split(len(one) // len(of_rank)), of_rank, strict=True):
                 passes.backward(of_pass, part)
-        for number in range(len(recalls)):
+        for number in recalls.open:
             nothing = z.new_zeros(0, dim)  # to a rank that asked for none
             recalls.backward(number, [t.recalled.get(number, nothing) for t in terms])
         return Estimate(
@@ -230,12 +259,13 @@ class Contrastive(ModuleOracle):
         """Return the combination over ``points``; states move as at x, after all of them."""
         total = torch.zeros_like(self._grad)
         here = None
-        for c, point in sorted(points, key=lambda p: p[1] is x):
-            found = self._estimate(point, batch, draw, self._grad, advances=point is x)
+        ordered = sorted(points, key=lambda p: p[1] is x)
+        for k, (c, point) in enumerate(ordered, 1):
+            found = self._estimate(x, point, batch, draw, advances=point is x and k == len(ordered))
             combine([(1.0, total), (c, self._grad)], out=total)
             here = found if point is x else here
         if here is None:
-            here = self._estimate(x, batch, draw, self._grad, advances=True)
+            here = self._estimate(x, x, batch, draw, advances=True)
         self._grad.copy_(total)
         return here
 
@@ -355,6 +385,13 @@ class Contrastive(ModuleOracle):
                 inputs = tuple(t.to(self._comm.device) for t in train[ids])
                 yield view, places.to(self._comm.device), self._contrast.held(inputs, ids, view)
 
+    def _one_embedding(self) -> Tensor:
+        """Return an embedding (1, dim), as the module's own parameters make it."""
+        key = torch.from_numpy(2 * self._owners.ids[0][:1])
+        _, _, inputs = next(self._held(key))
+        with torch.no_grad(), self._cast():
+            return self._contrast.embed(self._problem.module, inputs, 0)
+
     # --- what is asked for --------------------------------------------------------------------
 
     def _parts_of(self, n: int) -> int:
@@ -388,17 +425,32 @@ class Contrastive(ModuleOracle):
 
     def _require_neighbors(self, comm: Communicator) -> None:
         """Refuse a loss that looks at all ranks; say what a graph that stays does to the others."""
-        if isinstance(self.criterion, NegCache):
+        if self.criterion.beyond_columns:
             raise ConfigError(
-                "oracle.negatives: negcache looks through the caches of all ranks; use all"
+                f"oracle.negatives: those of {self.criterion.name} are of all ranks, whoever the "
+                "neighbors are; use all"
             )
-        if comm.n > 2 and comm.topology.period == 1:
+        graph = comm.topology
+        hears_all = graph.round(0).num_messages == comm.n * (comm.n - 1)
+        if graph.period == 1 and not hears_all:
             log.warning(
                 "negatives of neighbours in %s, which never changes: a rank's examples are "
                 "contrasted with those of the same few ranks, not with the whole data set; use "
                 "topology: one_peer_exponential, or negatives: all",
                 comm.topology.name,
             )
+
+
+def _shares(
+    shards: Sequence[np.ndarray], parts: int, comm: Communicator, batch: int, like: Tensor
+) -> Tensor | None:
+    """Return V N_v / N of the shard v of each row, (local, 2b) like ``like``; None: all are 1."""
+    sizes = [len(own) for own in shards]
+    if len(set(sizes)) == 1:
+        return None
+    each = torch.tensor(sizes, dtype=torch.float64) * len(sizes) / sum(sizes)
+    of_ranks = each.view(comm.n, parts)[comm.ranks.start : comm.ranks.stop]
+    return of_ranks.repeat_interleave(batch // parts, dim=1).repeat(1, 2).to(like)
 
 
 def _refuse_shared_statistics(module: nn.Module) -> None:

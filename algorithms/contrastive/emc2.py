@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -34,6 +34,8 @@ class EMC2(ContrastiveLoss):
     that nothing depends on how many ranks there are.
     """
 
+    remembers: ClassVar[str | None] = "chains"
+
     name: Literal["emc2"] = "emc2"
     burn_in: float = Field(default=0.5, ge=0, lt=1)
     """Share of a visit's proposals before the first recorded state."""
@@ -58,7 +60,7 @@ class EMC2(ContrastiveLoss):
         """Start every chain empty."""
         super().setup(setting)
         self._keys = setting.table(-1, torch.int64)
-        self._scores = setting.table(-torch.inf)
+        self._scores = setting.table(-torch.inf, torch.float32)
         self._since = setting.table(0, torch.int32)
 
     def uniforms(self, visit: Visit, rows: Rows) -> Tensor:
@@ -77,7 +79,7 @@ class EMC2(ContrastiveLoss):
         keys = [self._keys[r.place][s] for r, s in zip(visit.rows, slots, strict=True)]
         found: list[_Recalled] | None = None
         if self.score == "fresh":
-            found = _recall(visit, keys)
+            found = _recall(visit, keys, gradient=self.held == "recompute")
             scores = [
                 torch.where(k >= 0, self.beta * f.dots(r.z), -torch.inf)
                 for r, k, f in zip(visit.rows, keys, found, strict=True)
@@ -90,7 +92,7 @@ class EMC2(ContrastiveLoss):
         weights = [Weights(walk.share, self.beta, figures=walk.figures) for walk in walks]
         if self.held == "recompute":
             used = [w.keys.masked_fill(w.held_share == 0, -1) for w in walks]
-            found = _recall(visit, used) if found is None else found
+            found = _recall(visit, used, gradient=True) if found is None else found
             for weight, walk, key, recalled in zip(weights, walks, used, found, strict=True):
                 weight.others += recalled.others(torch.where(key >= 0, walk.held_share, 0.0))
         if visit.advances:
@@ -107,17 +109,18 @@ class EMC2(ContrastiveLoss):
         burnt = (proposed * (0.0 if is_over else self.burn_in) + 1e-9).floor().int()
         as_released = self.compat == "official"
         moves = chain_moves(
-            self.beta * rows.cosines,
+            self.beta * rows.cosines.float(),
             self.uniforms(visit, rows).log_().neg_().to(rows.z.device),
             rows.ids.to(rows.z.device),
             rows.columns.ids,
-            scores,
+            scores.float(),
             burn_in=burnt + 1 if as_released and mode != "infinite" else burnt,
             raw=as_released and mode == "infinite",
             carry=self.score if mode == "infinite" else None,
             columns=(range(width // 2, width), range(width // 2)) if mode == "pairs" else None,
         )
-        states = (proposed - burnt).clamp_min(1)  # a row that nothing can be offered has no weight
+        # A row that nothing can be offered has no weight.
+        states = (proposed - burnt).clamp_min(1).to(rows.z.dtype)
         held = moves.held - burnt if as_released else moves.held
         held_share = held.clamp_min(0) / states
         return _Walk(
@@ -160,11 +163,6 @@ class EMC2(ContrastiveLoss):
     def state_dict(self) -> dict[str, Tensor]:
         """Return the chains' states, their scores, and when they were taken."""
         return {"keys": self._keys, "scores": self._scores, "since": self._since}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
-        for name, table in self.state_dict().items():
-            table.copy_(state[name])
 
 
 @dataclass(frozen=True)
@@ -219,10 +217,10 @@ class _Recalled:
         return [Others(self.z, weights, self.number)]
 
 
-def _recall(visit: Visit, keys: list[Keys]) -> list[_Recalled]:
+def _recall(visit: Visit, keys: list[Keys], *, gradient: bool) -> list[_Recalled]:
     """Have the states of each rank's rows, keys (2b,) or -1, encoded by their owners."""
     different = [torch.unique(k[k >= 0]) for k in keys]
-    number, found = visit.recall(different)
+    number, found = visit.recall(different, gradient)
     return [
         _Recalled(z, torch.searchsorted(d, k.clamp_min(0)).clamp_max(max(len(d) - 1, 0)), number)
         for z, d, k in zip(found, different, keys, strict=True)

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from gossamer.algorithms.contrastive.columns import Columns
 from gossamer.algorithms.contrastive.contrast import ViewMode
 from gossamer.algorithms.contrastive.owners import Owners
-from gossamer.runtime import Communicator
+from gossamer.runtime import Communicator, RowLayout
 from gossamer.runtime.component import Component
 
 __all__ = ["ContrastiveLoss", "Keys", "Others", "Rows", "Setting", "Visit", "Weights"]
@@ -108,12 +109,18 @@ class Setting:
         owners: of the examples.
         mode: of the views.
         local_batch: examples of a rank and step.
+        layout: of the parameters.
+        dim: of an embedding.
+        dtype: of embeddings, float32 or float64.
     """
 
     comm: Communicator
     owners: Owners
     mode: ViewMode
     local_batch: int
+    layout: RowLayout
+    dim: int
+    dtype: torch.dtype
 
     @property
     def per_example(self) -> int:
@@ -125,10 +132,13 @@ class Setting:
         first = (self.owners.places(rows.ids) * self.per_example).to(self.comm.device)
         return torch.cat([first, first + (self.per_example - 1)])
 
-    def table(self, fill: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a table (local, examples * per_example) of the owners, full of ``fill``."""
-        shape = (self.comm.local, self.owners.most * self.per_example)
-        return torch.full(shape, fill, dtype=dtype, device=self.comm.device)
+    def table(self, fill: float, dtype: torch.dtype | None = None, width: int = 1) -> Tensor:
+        """Return a table (local, examples * per_example * width) of the owners, full of ``fill``.
+
+        Of ``dtype``, or where that is None of the embeddings'.
+        """
+        shape = (self.comm.local, self.owners.most * self.per_example * width)
+        return torch.full(shape, fill, dtype=dtype or self.dtype, device=self.comm.device)
 
 
 @dataclass(frozen=True)
@@ -136,13 +146,14 @@ class Visit:
     """One batch of every rank, embedded and compared.
 
     Attributes:
-        x: (local, d) parameters.
+        x: (local, d), the run's parameters, also where those of another point made the rows.
         rows: of the hosted ranks.
         step: of the run.
         draw: of the call within the step.
         advances: whether states move; False for another point on the same examples.
-        recall: per hosted rank the keys (k_i,), any k_i -> the number of this call, and their
-            embeddings (k_i, dim), encoded anew by their owners; every process calls it alike.
+        recall: (per hosted rank the keys (k_i,), any k_i; whether a gradient is to come) -> the
+            number of this call, and their embeddings (k_i, dim), encoded anew by their owners;
+            every process calls it alike.
         look: (hosted place, keys of its own examples) -> their embeddings now, (k, dim).
         look_at_batch: (hosted place, parameters (d,)) -> embeddings (2b, dim) of its rows with
             these parameters.
@@ -153,13 +164,18 @@ class Visit:
     step: int
     draw: int
     advances: bool
-    recall: Callable[[Sequence[Keys]], tuple[int, list[Tensor]]]
+    recall: Callable[[Sequence[Keys], bool], tuple[int, list[Tensor]]]
     look: Callable[[int, Keys], Tensor]
     look_at_batch: Callable[[int, Tensor], Tensor]
 
 
 class ContrastiveLoss(Component, ABC):
     """Chooses the weights, and keeps what it needs of former visits."""
+
+    remembers: ClassVar[str | None] = None
+    """What is kept of former visits, in the plural."""
+    beyond_columns: ClassVar[bool] = False
+    """Whether its negatives are of all ranks, whichever columns a rank hears."""
 
     name: str = ""
     beta: float = Field(default=14.28, gt=0)
@@ -180,11 +196,13 @@ class ContrastiveLoss(Component, ABC):
         """Return the weights of each hosted rank's rows; every process calls it alike."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is kept of former visits, each (local, m)."""
+        """Return what is kept of former visits, each (local, m): the tables themselves."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take it back."""
+        for name, table in self.state_dict().items():
+            table.copy_(state[name])
 
 
 def last_of_each(ids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -28,18 +28,21 @@ class MoCo(ContrastiveLoss):
     positives included, enter the queue of every rank after the step. Nothing flows back into them.
     """
 
+    remembers: ClassVar[str | None] = "key encoders and their queues"
+    beyond_columns: ClassVar[bool] = True
+
     name: Literal["moco"] = "moco"
     queue: int = Field(default=65536, ge=1)
     """Keys that are kept; until as many were made the queue is shorter."""
     momentum: float = Field(default=0.999, ge=0, lt=1)
     """Share of the former parameters in the key encoder's."""
 
-    _state: dict[str, Tensor] = PrivateAttr(default_factory=dict)
-    """From the first visit on: the key encoder's parameters (local, d), the queues (local, keys *
-    dim), and how many keys each has seen (local, 1)."""
+    _encoder: Tensor = PrivateAttr()
+    _queue: Tensor = PrivateAttr()
+    _seen: Tensor = PrivateAttr()
 
     def setup(self, setting: Setting) -> None:
-        """Compare the queue with a step.
+        """Compare the queue with a step, and start it empty.
 
         Raises:
             ConfigError: it is shorter than what one step adds.
@@ -51,18 +54,21 @@ class MoCo(ContrastiveLoss):
                 f"oracle.loss.queue: one step adds {added} keys, got {self.queue}; use at least "
                 "that, or smaller batches"
             )
+        local, layout, device = setting.comm.local, setting.layout, setting.comm.device
+        self._encoder = torch.zeros(local, layout.d, dtype=layout.dtype, device=device)
+        width = self.queue * setting.dim
+        self._queue = torch.zeros(local, width, dtype=setting.dtype, device=device)
+        self._seen = torch.zeros(local, 1, dtype=torch.int64)
 
     def weigh(self, visit: Visit) -> list[Weights]:
         """Return softmax over each row's own key and the queue."""
         comm, weights, made = self._setting.comm, list[Weights](), list[Tensor]()
-        dim = visit.rows[0].z.shape[1]
-        if not self._state:
-            empty = visit.x.new_zeros(comm.local, self.queue * dim, dtype=torch.float32)
-            seen = torch.zeros(comm.local, 1, dtype=torch.int64)
-            self._state = {"encoder": visit.x.clone(), "queue": empty, "seen": seen}
-        encoder, queue, seen = self._state.values()
-        if visit.advances:
-            combine([(self.momentum, encoder), (1.0 - self.momentum, visit.x)], out=encoder)
+        dim, queue, seen = self._setting.dim, self._queue, self._seen
+        share = self.momentum if seen.any() else 0.0
+        encoder = combine(
+            [(share, self._encoder), (1.0 - share, visit.x)],
+            out=self._encoder if visit.advances else None,
+        )
         for rows in visit.rows:
             i, b = rows.place, len(rows.ids)
             keys = visit.look_at_batch(i, encoder[i])
@@ -75,7 +81,9 @@ class MoCo(ContrastiveLoss):
             weights.append(Weights(None, self.beta, attracts=0.0, others=others))
             made.append(keys.flatten())
         if visit.advances:
-            added = comm.all_gather(torch.stack(made)).view(-1, dim)
+            b = len(visit.rows[0].ids)
+            gathered = comm.all_gather(torch.stack(made)).view(comm.n, 2, b, dim)
+            added = gathered.transpose(0, 1).reshape(-1, dim)  # as columns are ordered
             for i, first in enumerate(seen.flatten().tolist()):
                 places = (first + torch.arange(len(added))) % self.queue
                 queue[i].view(-1, dim)[places.to(queue.device)] = added
@@ -84,8 +92,4 @@ class MoCo(ContrastiveLoss):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the key encoder's parameters, the queues, and how many keys they have seen."""
-        return dict(self._state)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
-        self._state = {name: state[name] for name in ("encoder", "queue", "seen") if state}
+        return {"encoder": self._encoder, "queue": self._queue, "seen": self._seen}

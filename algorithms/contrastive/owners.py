@@ -18,6 +18,7 @@ class Owners:
         most: the greatest number of examples that a rank owns.
         examples: how many all own together.
         ids: per rank, int64, its examples in the order of their places.
+        sizes: per rank, of each of its shards.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], parts: int, total: int) -> None:
@@ -29,6 +30,8 @@ class Owners:
             total: size of the training set.
         """
         self.ids = [np.concatenate(shards[k : k + parts]) for k in range(0, len(shards), parts)]
+        lengths = [len(shard) for shard in shards]
+        self.sizes = [lengths[k : k + parts] for k in range(0, len(shards), parts)]
         self.most = max(len(own) for own in self.ids)
         self.examples = sum(len(own) for own in self.ids)
         owner, place = np.full(total, -1), np.full(total, -1)

@@ -101,6 +101,8 @@ class Passes:
             module = self._module_at(row, parameters)
             with torch.no_grad(), self._around(row, _LOOKS + number):
                 rows.append(self._contrast.embed(module, chunk, view))
+        if parameters is not None:
+            self._module_at(row, None)  # graphs that live lead to the parameters of the row
         return torch.cat(rows)
 
     def backward(self, made: range, grad: Tensor) -> None:

@@ -42,13 +42,17 @@ class _Part:
 
 
 class Recalls:
-    """The recalls of one call of the oracle."""
+    """The recalls of one call of the oracle.
+
+    Attributes:
+        open: numbers of those whose embeddings get a gradient.
+    """
 
     def __init__(
         self,
         comm: Communicator,
         owners: Owners,
-        dim: int,
+        like: Tensor,
         encode: Encode,
         backward: Callable[[range, Tensor], None],
     ) -> None:
@@ -57,24 +61,28 @@ class Recalls:
         Args:
             comm: the ranks.
             owners: of the examples.
-            dim: of an embedding.
+            like: embeddings (..., dim), on the device and of the dtype of all.
             encode: by a hosted row's parameters, with a gradient to come.
             backward: (passes, gradient of their embeddings) -> adds to their row's gradient.
         """
-        self._comm, self._owners, self._dim = comm, owners, dim
+        self._comm, self._owners, self._dim = comm, owners, like.shape[-1]
+        self._like = like
         self._encode, self._backward = encode, backward
+        self.open: list[int] = []
         self._parts: list[list[_Part]] = []
         self._orders: list[list[tuple[Tensor, list[int]]]] = []
 
-    def __call__(self, keys: Sequence[Keys]) -> tuple[int, list[Tensor]]:
+    def __call__(self, keys: Sequence[Keys], gradient: bool = True) -> tuple[int, list[Tensor]]:
         """Return the number of this recall, and embeddings (k_i, dim) of ``keys[i]`` (k_i,).
 
-        The number is -1 where a process that hosts all ranks sees that none asks: nothing is to
-        come back then.
+        ``gradient`` says whether they get one; on all processes alike. The number is -1 where the
+        only rank there is asks for nothing.
         """
         comm, orders, requests = self._comm, [], []
-        if comm.transport.processes == 1 and not any(len(wanted) for wanted in keys):
-            return -1, [torch.empty(0, self._dim, device=comm.device) for _ in keys]
+        if comm.n == 1 and not len(keys[0]):
+            return -1, [self._like.new_zeros(0, self._dim)]
+        if gradient:
+            self.open.append(len(self._parts))
         for wanted in keys:
             owners = self._owners.of(wanted.cpu() // 2)
             order = torch.argsort(owners, stable=True)
@@ -85,7 +93,7 @@ class Recalls:
         for i, asked in enumerate(comm.all_to_all_ragged(requests)):
             sizes = [len(a) for a in asked]
             different, places = torch.unique(torch.cat(asked), return_inverse=True)
-            z = torch.zeros(len(different), self._dim, device=comm.device)
+            z = self._like.new_zeros(len(different), self._dim)
             made, groups = [], []
             for group, embedded, passes in self._encode(i, different) if len(different) else []:
                 z[group] = embedded.to(z.dtype)
@@ -98,7 +106,7 @@ class Recalls:
         self._orders.append(orders)
         found = []
         for (order, _), rows in zip(orders, comm.all_to_all_ragged(answers), strict=True):
-            z = torch.empty(len(order), self._dim, device=comm.device)
+            z = self._like.new_empty(len(order), self._dim)
             z[order] = torch.cat(rows).view(-1, self._dim)
             found.append(z)
         return len(self._parts) - 1, found
@@ -111,11 +119,8 @@ class Recalls:
         ]
         received = self._comm.all_to_all_ragged(messages)
         for part, rows in zip(self._parts[number], received, strict=True):
-            total = torch.zeros(part.count, self._dim, device=self._comm.device)
+            total = self._like.new_zeros(part.count, self._dim)
             for places, row in zip(part.asked, rows, strict=True):
                 total[places] += row.view(-1, self._dim)  # a rank's keys differ
             for group, made in zip(part.groups, part.made, strict=True):
                 self._backward(made, total[group])
-
-    def __len__(self) -> int:
-        return len(self._parts)

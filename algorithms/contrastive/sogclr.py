@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
@@ -27,6 +27,8 @@ class _RunningMean(ContrastiveLoss, ABC):
 
     Kept as log u, which no inverse temperature overflows.
     """
+
+    remembers: ClassVar[str | None] = "running means"
 
     gamma: float = Field(default=0.9, gt=0, le=1)
     """Weight of a visit in the running mean: u <- (1 - gamma) u + gamma * (its mean)."""
@@ -54,7 +56,7 @@ class _RunningMean(ContrastiveLoss, ABC):
         if over is not None and visit.step < over:
             gamma += (1.0 - gamma) * 0.5 * (1.0 + math.cos(math.pi * visit.step / over))
         if self.first_visit == "example":
-            return torch.where(log_u.isinf(), 1.0, gamma)
+            return torch.full_like(log_u, gamma).masked_fill_(log_u.isinf(), 1.0)
         batch = self._setting.comm.n * self._setting.local_batch
         is_first = (visit.step + 1) * batch <= self._setting.owners.examples
         return torch.full_like(log_u, 1.0 if is_first else gamma)
@@ -62,7 +64,7 @@ class _RunningMean(ContrastiveLoss, ABC):
     def _normalised(self, visit: Visit, rows: Rows, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Return w = e / (u * number of negatives) and log u with this visit in it, and keep u."""
         scores = torch.where(rows.valid, self._scores(rows, slots), -torch.inf)
-        log_count = rows.negatives.log()
+        log_count = rows.negatives.to(scores.dtype).log()
         old = self._log_u[rows.place][slots]
         gamma = self._weight(visit, old)
         mean = torch.logsumexp(scores, dim=1) - log_count
@@ -83,16 +85,12 @@ class _RunningMean(ContrastiveLoss, ABC):
     def _keep(self, rows: Rows, table: Tensor, slots: Tensor, values: Tensor) -> None:
         last = last_of_each(rows.ids)
         both = torch.cat([last, last + len(rows.ids)]).to(table.device)
+        both = both[rows.valid[both].any(dim=1)]  # who met no negative has nothing new
         table[rows.place, slots[both]] = values[both]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return log u."""
         return {"log_u": self._log_u}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the tables back."""
-        for name, table in self.state_dict().items():
-            table.copy_(state[name])
 
 
 class SogCLR(_RunningMean):
@@ -123,12 +121,14 @@ class ISogCLR(_RunningMean):
     as 1 / beta, and what evaluations use.
     """
 
+    remembers: ClassVar[str | None] = "running means and temperatures"
+
     name: Literal["isogclr"] = "isogclr"
     rho: float = Field(default=0.3, ge=0)
     """Price of a temperature."""
     tau_min: float = Field(default=0.05, gt=0)
     """Least temperature."""
-    tau_max: float = Field(default=0.7, gt=0)
+    tau_max: float = Field(default=0.7, gt=0, validate_default=True)
     """Greatest temperature."""
     tau_lr: float = Field(default=0.01, gt=0)
     """Step of a temperature along its averaged gradient."""

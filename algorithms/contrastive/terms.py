@@ -31,24 +31,29 @@ class Terms:
     recalled: dict[int, Tensor]
 
 
-def differentiated(rows: Rows, weights: Weights) -> Terms:
-    """Return l_i = (s / 2b) sum_r [sum_k w_rk <z_r, z_k> - a_r <z_r, z_r+>] and its gradients."""
+def differentiated(rows: Rows, weights: Weights, shares: Tensor | None = None) -> Terms:
+    """Return l_i = (s / 2b) sum_r [sum_k w_rk <z_r, z_k> - a_r <z_r, z_r+>] and its gradients.
+
+    In the gradients row r counts ``shares[r]`` times, (2b,); None: once.
+    """
+    anchors = rows.z if shares is None else shares[:, None] * rows.z
     scale, w = weights.scale / len(rows.z), weights.columns
     met, columns, recalled = torch.zeros_like(rows.z), None, dict[int, Tensor]()
     if w is not None:
         met += w @ rows.columns.z
-        columns = (rows.z.T @ w).T.contiguous()  # w is read along its rows
+        columns = (anchors.T @ w).T.contiguous()  # w is read along its rows
     if not isinstance(weights.attracts, float) or weights.attracts:
         attracts = torch.as_tensor(weights.attracts).to(rows.z).view(-1, 1)
         columns = torch.zeros_like(rows.columns.z) if columns is None else columns
         met -= attracts * rows.columns.z[rows.positives]
-        columns[rows.positives] -= attracts * rows.z  # each row has a positive of its own
+        columns[rows.positives] -= attracts * anchors  # each row has a positive of its own
     for others in weights.others:
         met += others.weights @ others.z
         if others.recalled is not None:
-            recalled[others.recalled] = scale * (others.weights.T @ rows.z)
+            recalled[others.recalled] = scale * (others.weights.T @ anchors)
     # The sum over r and k of w_rk <z_r, z_k> is that over r of <z_r, what r met>.
     loss = scale * (rows.z * met).double().sum().cpu()
+    met = met if shares is None else shares[:, None] * met
     return Terms(loss, met * scale, None if columns is None else columns * scale, recalled)
 
 

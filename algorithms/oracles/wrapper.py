@@ -72,6 +72,11 @@ class OracleWrapper(Oracle):
         return self.inner.training_figures
 
     @property
+    def remembers(self) -> str | None:
+        """The inner oracle's."""
+        return self.inner.remembers
+
+    @property
     def noise_strategy(self) -> tuple[float, ...] | None:
         """The inner oracle's."""
         return self.inner.noise_strategy
