@@ -11,7 +11,7 @@ rounding. Nothing has to be multiplied by the number of ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, ClassVar, Literal, cast
@@ -99,6 +99,7 @@ class Contrastive(ModuleOracle):
     compares: ClassVar[bool] = True
 
     _contrast: Contrast = PrivateAttr()
+    _shards: Sequence[np.ndarray] = PrivateAttr()
     _owners: Owners = PrivateAttr()
     _exchange: Exchange = PrivateAttr()
     _row: Tensor | None = PrivateAttr(default=None)
@@ -115,6 +116,7 @@ class Contrastive(ModuleOracle):
         if self.shards is not None:
             parts = self._parts_of(comm.n)
             shards = strided_shards(len(cast(Dataset, problem.train)), self.shards)
+        self._shards = shards
         self._owners = Owners(shards, parts, len(cast(Dataset, problem.train)))
         batch = self._local_batch(shards, parts)
         if comm.n * batch < 2:
@@ -203,6 +205,15 @@ class Contrastive(ModuleOracle):
         super().load_state_dict(state)
         mine = {k.removeprefix("loss."): v for k, v in state.items() if k.startswith("loss.")}
         self.criterion.load_state_dict(mine)
+
+    def take_over(self, state: Mapping[str, Tensor]) -> bool:
+        """Find each example's state with its former owner; shards that stay tell who that was."""
+        theirs = {k.removeprefix("loss."): v for k, v in state.items() if k.startswith("loss.")}
+        ranks = {len(table) for table in theirs.values()}
+        if self.shards is None or len(ranks) != 1 or self.shards % (n := ranks.pop()):
+            return False
+        total = len(cast(Dataset, self._problem.train))
+        return self.criterion.take_over(Owners(self._shards, self.shards // n, total), theirs)
 
     # --- one estimate -------------------------------------------------------------------------
 

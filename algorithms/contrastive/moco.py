@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from gossamer.algorithms.contrastive.losses import (
     Visit,
     Weights,
 )
+from gossamer.algorithms.contrastive.owners import Owners
 from gossamer.runtime import ConfigError
 from gossamer.runtime.rows import combine
 
@@ -95,6 +97,10 @@ class MoCo(ContrastiveLoss):
                 queue[i].view(-1, dim)[places.to(queue.device)] = added
             seen += len(added)
         return weights
+
+    def take_over(self, before: Owners, state: Mapping[str, Tensor]) -> bool:
+        """Start afresh: queues are of ranks, not of examples."""
+        return False
 
     def _sides(self, seen: int) -> Tensor:
         """Return which side of a pair each key of the queue is of, when it has seen so many."""
