@@ -6,7 +6,7 @@ Shapes: ``local`` ranks are hosted by this process, a row has ``d`` elements.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, PrivateAttr
@@ -115,6 +115,17 @@ class Oracle(Component, ABC):
     def remembers(self) -> str | None:
         """What it keeps of examples from step to step, in the plural, for whoever would lose it."""
         return None
+
+    def take_over(self, state: Mapping[str, Tensor]) -> bool:
+        """Go on with what another number of ranks remembers of examples, if that is possible.
+
+        Args:
+            state: their ``state_dict``, with a row for each of them.
+
+        Returns:
+            Whether it is.
+        """
+        return False
 
     @property
     def keeps_whole(self) -> str | None:

@@ -112,6 +112,8 @@ class Resumption:
         self._rows: dict[str, torch.Tensor] = {}
         if self._elsewhere:
             self._mean = checkpoint.mean()
+            if program.oracle.remembers:
+                self._rows = checkpoint.rows(range(checkpoint.meta["n"]), "oracle/")
         else:
             _require_same_graph(checkpoint, experiment)
             self._rows = checkpoint.rows(comm.ranks)
@@ -151,12 +153,15 @@ class Resumption:
         if leader and self._changes:
             print(f"gossamer: resuming with another {self._changes}", file=sys.stderr)
         if self._elsewhere:
+            remembered, goes_on = program.oracle.remembers, False
+            if remembered:
+                state = {k.removeprefix("oracle/"): rows for k, rows in self._rows.items()}
+                goes_on = program.oracle.take_over(state)
             if leader:
-                remembered = program.oracle.remembers
                 print(
                     f"gossamer: resuming {comm.n} ranks from the mean of {checkpoint.meta['n']}; "
                     "what else the algorithm kept starts afresh"
-                    + (f", and so do the {remembered} of examples" if remembered else ""),
+                    + _with_memories(remembered, goes_on),
                     file=sys.stderr,
                 )
                 if getattr(program.problem.train, "sequential", False):
@@ -172,6 +177,14 @@ class Resumption:
             traffic = checkpoint.meta.get("traffic", {})
             comm.traffic.bytes_sent[0] += traffic.get("bytes_sent", 0)
             comm.traffic.messages_sent[0] += traffic.get("messages_sent", 0)
+
+
+def _with_memories(remembered: str | None, goes_on: bool) -> str:
+    if remembered is None:
+        return ""
+    if goes_on:
+        return f", but for the {remembered} of examples, which go on"
+    return f", and so do the {remembered} of examples"
 
 
 def changed_fields(checkpoint: Checkpoint, experiment: Experiment) -> str:

@@ -88,8 +88,8 @@ class Checkpoint:
                 )
         return cls(folder, meta, files)
 
-    def rows(self, ranks: range) -> dict[str, Tensor]:
-        """Return every tensor's rows of ``ranks``, (len(ranks), ...)."""
+    def rows(self, ranks: range, under: str = "") -> dict[str, Tensor]:
+        """Return every tensor's rows of ``ranks``, (len(ranks), ...), if its name begins so."""
         parts: dict[str, list[Tensor]] = {}
         for first, last, path in self.files:
             low, high = max(first, ranks.start), min(last, ranks.stop)
@@ -99,6 +99,8 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 - not a dict
+                        if not name.startswith(under):
+                            continue
                         rows = file.get_slice(name)[low - first : high - first]
                         parts.setdefault(name, []).append(rows)
             except SafetensorError as error:

@@ -99,7 +99,8 @@ def _explain(cls: type[BaseModel], error: Any, where: str) -> str:
         return str(cause)
     field = ".".join([*([where] if where else []), *map(str, error["loc"])])
     if error["type"] == "extra_forbidden":
-        return f"{field}: unknown field" + nearest(str(error["loc"][-1]), cls.model_fields)
+        known = [described.alias or name for name, described in cls.model_fields.items()]
+        return f"{field}: unknown field" + nearest(str(error["loc"][-1]), known)
     if error["type"] == "missing":
         described = cls.model_fields.get(str(error["loc"][-1]))
         hint = f" ({described.description.strip()})" if described and described.description else ""

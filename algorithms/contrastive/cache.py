@@ -52,7 +52,8 @@ class Full(ContrastiveLoss):
         """Return softmax over everything."""
         setting = self._setting
         keys = torch.cat([_all_keys(setting, rank) for rank in range(setting.comm.n)])
-        number, found = visit.recall([keys] * setting.comm.local, True)
+        asked = keys.to(setting.comm.device)
+        number, found = visit.recall([asked] * setting.comm.local, True)
         weights = []
         for rows, z in zip(visit.rows, found, strict=True):
             scores = self.beta * (rows.z @ z.T)

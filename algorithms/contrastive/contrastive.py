@@ -11,7 +11,7 @@ rounding. Nothing has to be multiplied by the number of ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, ClassVar, Literal, cast
@@ -83,7 +83,7 @@ class Contrastive(ModuleOracle):
     """Gradients of a contrastive loss over the batch of all ranks."""
 
     name: Literal["contrastive"] = "contrastive"
-    criterion: LossField = Field(default=EMC2(), alias="loss")
+    criterion: LossField = Field(default_factory=EMC2, alias="loss")
     """`emc2`, `simclr`, `dcl`, `sogclr`, `isogclr`, `moco`, `negcache`, `full`, or such a section:
     {name: emc2, beta: 14.28, burn_in: 0.5}."""
     negatives: Literal["all", "neighbors"] = "all"
@@ -93,12 +93,13 @@ class Contrastive(ModuleOracle):
     shards: int | None = Field(default=None, ge=1)
     """Cut the data into so many fixed shards (example g in shard g mod shards), shuffled one by
     one, of which each rank owns an equal part: then neither a batch nor its chains depend on the
-    number of ranks. A multiple of the ranks, and a divisor of the examples of all ranks' batches.
-    None: the task's own split."""
+    number of ranks, nor on how the task would split them. A multiple of the ranks, and a divisor of
+    the examples of all ranks' batches. None: the task's own split."""
 
     compares: ClassVar[bool] = True
 
     _contrast: Contrast = PrivateAttr()
+    _shards: Sequence[np.ndarray] = PrivateAttr()
     _owners: Owners = PrivateAttr()
     _exchange: Exchange = PrivateAttr()
     _row: Tensor | None = PrivateAttr(default=None)
@@ -114,7 +115,8 @@ class Contrastive(ModuleOracle):
         shards, parts = problem.shards, 1
         if self.shards is not None:
             parts = self._parts_of(comm.n)
-            shards = strided_shards(problem.shards, self.shards)
+            shards = strided_shards(len(cast(Dataset, problem.train)), self.shards)
+        self._shards = shards
         self._owners = Owners(shards, parts, len(cast(Dataset, problem.train)))
         batch = self._local_batch(shards, parts)
         if comm.n * batch < 2:
@@ -203,6 +205,15 @@ class Contrastive(ModuleOracle):
         super().load_state_dict(state)
         mine = {k.removeprefix("loss."): v for k, v in state.items() if k.startswith("loss.")}
         self.criterion.load_state_dict(mine)
+
+    def take_over(self, state: Mapping[str, Tensor]) -> bool:
+        """Find each example's state with its former owner; shards that stay tell who that was."""
+        theirs = {k.removeprefix("loss."): v for k, v in state.items() if k.startswith("loss.")}
+        ranks = {len(table) for table in theirs.values()}
+        if self.shards is None or len(ranks) != 1 or self.shards % (n := ranks.pop()):
+            return False
+        total = len(cast(Dataset, self._problem.train))
+        return self.criterion.take_over(Owners(self._shards, self.shards // n, total), theirs)
 
     # --- one estimate -------------------------------------------------------------------------
 
@@ -397,7 +408,8 @@ class Contrastive(ModuleOracle):
     def _parts_of(self, n: int) -> int:
         """Return how many of the fixed shards a rank owns."""
         assert self.shards is not None
-        if self.shards % n or n * self.batch_size % self.shards:
+        whole = self.sampling == "full"
+        if self.shards % n or (not whole and n * self.batch_size % self.shards):
             raise ConfigError(
                 f"oracle.shards: must be a multiple of the {n} ranks and a divisor of the "
                 f"{n * self.batch_size} examples of their batches, got {self.shards}; use {n}, or "
@@ -412,7 +424,8 @@ class Contrastive(ModuleOracle):
             if len(sizes) > 1:
                 raise ConfigError(
                     "oracle.sampling: full takes whole shards, whose sizes differ here, and every "
-                    "rank must give as many rows; use task.drop_remainder: true, or shuffle"
+                    "rank must give as many rows; use task.drop_remainder: true, "
+                    "oracle.shards that divide the examples, or shuffle"
                 )
             return max(sizes) * parts
         if self.batch_size // parts > min(sizes):

@@ -106,7 +106,8 @@ class EMC2(ContrastiveLoss):
         width = rows.cosines.shape[1]
         proposed = rows.negatives
         is_over = self.burn_in_until is not None and visit.step >= self.burn_in_until
-        burnt = (proposed * (0.0 if is_over else self.burn_in) + 1e-9).floor().int()
+        share = 0.0 if is_over else self.burn_in
+        burnt = (proposed.double() * share + 1e-9).floor().int()  # .53 of 100 are 53
         as_released = self.compat == "official"
         moves = chain_moves(
             self.beta * rows.cosines.float(),
@@ -128,7 +129,7 @@ class EMC2(ContrastiveLoss):
             slots=slots,
             keys=keys,
             moves=moves,
-            share=moves.counts.float().div_(states[:, None]),
+            share=moves.counts.to(states.dtype).div_(states[:, None]),
             held_share=held_share,
             figures={
                 "acceptance": float(moves.accepted.sum() / proposed.sum().clamp_min(1)),

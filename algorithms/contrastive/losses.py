@@ -14,7 +14,7 @@ with D(r) the rows of all other examples. ``l_i`` is a surrogate: its value is n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -203,6 +203,28 @@ class ContrastiveLoss(Component, ABC):
         """Take it back."""
         for name, table in self.state_dict().items():
             table.copy_(state[name])
+
+    def take_over(self, before: Owners, state: Mapping[str, Tensor]) -> bool:
+        """Take the states of examples that ranks of another number owned, if they are such.
+
+        Args:
+            before: who owned which example.
+            state: theirs, each (ranks before, m).
+
+        Returns:
+            Whether they are: states of examples, as many of each as here.
+        """
+        owners, mine = self._setting.owners, self.state_dict()
+        each = {name: table.shape[1] / owners.most for name, table in mine.items()}
+        if each != {name: table.shape[1] / before.most for name, table in state.items()}:
+            return False
+        for name, table in mine.items():
+            rows = state[name].view(len(before.ids), before.most, -1)
+            for row, rank in zip(table, self._setting.comm.ranks, strict=True):
+                ids = torch.from_numpy(owners.ids[rank])
+                found = rows[before.of(ids), before.places(ids)]
+                row.view(owners.most, -1)[: len(ids)] = found.to(row.device)
+        return True
 
 
 def last_of_each(ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from gossamer.algorithms.contrastive.losses import (
     Visit,
     Weights,
 )
+from gossamer.algorithms.contrastive.owners import Owners
 from gossamer.runtime import ConfigError
 from gossamer.runtime.rows import combine
 
@@ -26,6 +28,7 @@ class MoCo(ContrastiveLoss):
 
     Keys come from an encoder that follows the trained one as a moving average; those of a batch,
     positives included, enter the queue of every rank after the step. Nothing flows back into them.
+    Of pairs, a row is compared with the keys of the other side alone.
     """
 
     remembers: ClassVar[str | None] = "key encoders and their queues"
@@ -75,7 +78,12 @@ class MoCo(ContrastiveLoss):
             kept = queue[i].view(-1, dim)[: int(seen[i])]
             positives = keys.roll(b, 0)  # of the other view
             own = (rows.z * positives).sum(dim=1, keepdim=True)
-            p = torch.softmax(self.beta * torch.cat([own, rows.z @ kept.T], dim=1), dim=1)
+            scores = torch.cat([own, rows.z @ kept.T], dim=1).mul_(self.beta)
+            if self._setting.mode == "pairs":
+                side = self._sides(int(seen[i])).to(scores.device)
+                for v, half in enumerate(scores[:, 1:].split(b)):
+                    half.masked_fill_(side == v, -torch.inf)
+            p = torch.softmax(scores, dim=1)
             shares = torch.cat([torch.diag(p[:, 0] - 1.0), p[:, 1:]], dim=1)
             others = [Others(torch.cat([positives, kept]), shares)]
             weights.append(Weights(None, self.beta, attracts=0.0, others=others))
@@ -89,6 +97,17 @@ class MoCo(ContrastiveLoss):
                 queue[i].view(-1, dim)[places.to(queue.device)] = added
             seen += len(added)
         return weights
+
+    def take_over(self, before: Owners, state: Mapping[str, Tensor]) -> bool:
+        """Start afresh: queues are of ranks, not of examples."""
+        return False
+
+    def _sides(self, seen: int) -> Tensor:
+        """Return which side of a pair each key of the queue is of, when it has seen so many."""
+        added = 2 * self._setting.comm.n * self._setting.local_batch
+        slots = torch.arange(min(seen, self.queue))
+        latest = seen - 1 - (seen - 1 - slots) % self.queue
+        return latest % added // (added // 2)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the key encoder's parameters, the queues, and how many keys they have seen."""

@@ -18,6 +18,7 @@ from gossamer.algorithms.contrastive.losses import (
     Weights,
     last_of_each,
 )
+from gossamer.runtime.errors import ConfigError
 
 __all__ = ["ISogCLR", "SogCLR"]
 
@@ -25,7 +26,8 @@ __all__ = ["ISogCLR", "SogCLR"]
 class _RunningMean(ContrastiveLoss, ABC):
     """u of every anchor, a running mean over visits of the mean of exp(score) over negatives.
 
-    Kept as log u, which no inverse temperature overflows.
+    Kept as log u, which no inverse temperature overflows. An anchor is an example, whose two views'
+    means are averaged; where views do not change, and of pairs, each view is one.
     """
 
     remembers: ClassVar[str | None] = "running means"
@@ -147,9 +149,19 @@ class ISogCLR(_RunningMean):
         return most
 
     def setup(self, setting: Setting) -> None:
-        """Start all temperatures at 1 / beta, within bounds."""
+        """Start all temperatures at 1 / beta.
+
+        Raises:
+            ConfigError: that is out of bounds.
+        """
         super().setup(setting)
-        self._tau = setting.table(min(max(1 / self.beta, self.tau_min), self.tau_max))
+        if not self.tau_min <= 1 / self.beta <= self.tau_max:
+            raise ConfigError(
+                f"oracle.loss.beta: temperatures start at 1 / beta, which must be in "
+                f"{self.tau_min:g}..{self.tau_max:g}, got 1 / {self.beta:g}; change it, tau_min or "
+                "tau_max"
+            )
+        self._tau = setting.table(1 / self.beta)
         self._velocity = setting.table(0.0)
 
     def _scores(self, rows: Rows, slots: Tensor) -> Tensor:

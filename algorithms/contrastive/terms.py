@@ -67,7 +67,7 @@ def figures_of(rows: Sequence[Rows], weights: Sequence[Weights]) -> Metrics:
         {
             "positive_cosine": float(r.cosines.gather(1, r.positives[:, None]).mean()),
             "negative_cosine": float(
-                torch.where(r.valid, r.cosines, 0.0).sum() / r.negatives.sum()
+                torch.where(r.valid, r.cosines, 0.0).sum() / r.negatives.sum().clamp_min(1)
             ),
             **w.figures,
         }

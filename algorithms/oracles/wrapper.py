@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -75,6 +76,10 @@ class OracleWrapper(Oracle):
     def remembers(self) -> str | None:
         """The inner oracle's."""
         return self.inner.remembers
+
+    def take_over(self, state: Mapping[str, Tensor]) -> bool:
+        """Have the inner oracle do it."""
+        return self.inner.take_over(state)
 
     @property
     def noise_strategy(self) -> tuple[float, ...] | None:

@@ -19,7 +19,10 @@ _MOST_JOBS = 8
 
 
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="dnasa, doppler, disk, dp-pretraining or zo-bench.")],
+    paper: Annotated[
+        str,
+        typer.Argument(help="dnasa, doppler, disk, dp-pretraining, emc2, sltrain or zo-bench."),
+    ],
     seeds: Annotated[
         int | None,
         typer.Option(

@@ -20,6 +20,7 @@ PAPERS = {
     "dnasa": "gossamer.launch.reproduce.dnasa",
     "doppler": "gossamer.launch.reproduce.doppler",
     "dp-pretraining": "gossamer.launch.reproduce.dp_pretraining",
+    "emc2": "gossamer.launch.reproduce.emc2",
     "sltrain": "gossamer.launch.reproduce.sltrain",
     "zo-bench": "gossamer.launch.reproduce.zo_bench",
 }

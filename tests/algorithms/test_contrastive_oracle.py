@@ -117,25 +117,27 @@ def test_sogclr_divides_by_a_running_mean(mode, beta, official):
             log_u[key] = new
 
 
-def test_moco_is_cross_entropy_against_a_queue_of_a_slow_encoder():
+@pytest.mark.parametrize("mode", ["infinite", "pairs"])
+def test_moco_is_cross_entropy_against_a_queue_of_a_slow_encoder(mode):
     beta = 4.0
     loss = {"name": "moco", "beta": beta, "queue": 20, "momentum": 0.9}
-    bench = Bench(loss, 2, of={"mode": "infinite", **DOUBLE})
+    bench = Bench(loss, 2, of={"mode": mode, **DOUBLE})
     slow, queue = bench.x[0].clone(), []
     generator = torch.Generator().manual_seed(0)
     for bench.comm.step in range(4):
         slow = 0.9 * slow + 0.1 * bench.x[0]
         batch, row = bench.batches(), bench.leaf()
         z, keys = bench.embeddings(batch, row), bench.embeddings(batch, slow).detach()
-        negatives = torch.stack(queue[-20:]) if queue else keys.new_zeros(0, 5)
         losses = []
         for view in (0, 1):
+            kept = [key for side, key in queue[-20:] if mode != "pairs" or side != view]
+            negatives = torch.stack(kept) if kept else keys.new_zeros(0, 5)
             own = (z[view] * keys[1 - view]).sum(dim=1, keepdim=True)
             logits = beta * torch.cat([own, z[view] @ negatives.T], dim=1)
             losses.append(torch.nn.functional.cross_entropy(logits, torch.zeros(8).long()))
         expected = gradient(torch.stack(losses).mean(), row)
         torch.testing.assert_close(bench(batch).grad.mean(0), expected, **CLOSE)
-        queue += list(keys.flatten(0, 1))
+        queue += [(side, key) for side in (0, 1) for key in keys[side]]
         bench.x += 0.05 * torch.randn(bench.x.shape[1], generator=generator, dtype=torch.float64)
 
 
@@ -162,7 +164,7 @@ def test_isogclr_learns_a_temperature_for_each_anchor(mode):
         for key in set(keys):
             rows = [r for r, k in enumerate(keys) if k == key]
             log_u[key] = float(torch.logsumexp(new[rows], 0)) - math.log(len(rows))
-            velocity[key] = 0.9 * velocity.get(key, 0.0) + 0.1 * float(slope[rows].mean())
+            velocity[key] = 0.1 * velocity.get(key, 0.0) + 0.9 * float(slope[rows].mean())
             tau[key] = min(max(float(taus[rows[0]]) - 0.05 * velocity[key], 0.05), 0.7)
     assert len(set(tau.values())) > 1
     kept = bench.oracle.criterion._tau

@@ -17,8 +17,8 @@ RUN = {
         "examples": 24,
         "encoder": {"name": "mlp", "hidden": [16], "dim": 8},
         "probe_examples": 12,
+        "probes": [],
     },
-    "oracle": {"name": "contrastive", "batch_size": 4, "shards": 4},
     "optimizer": {"name": "adam", "lr": 0.01},
     "algorithm": {"name": "all-reduce"},
     "ranks": 2,
@@ -39,13 +39,16 @@ LOSSES = {
 }
 
 
-def go(folder=None, resume=None, file=None, **options):
+def go(folder=None, resume=None, file=None, settings=(), **options):
     options = {"ranks": None, "transport": None, "processes": None} | options
-    assert exit_status(lambda: start_run(file, ["steps=8"], options, folder, resume)) == 0
+    assert (
+        exit_status(lambda: start_run(file, ["steps=8", *settings], options, folder, resume)) == 0
+    )
 
 
-def run(folder, loss, **changes):
-    values = {**RUN, "oracle": {**RUN["oracle"], "loss": loss}, **changes}
+def run(folder, loss, shards=4, **changes):
+    oracle = {"name": "contrastive", "batch_size": 4, "shards": shards, "loss": loss}
+    values = {**RUN, "oracle": oracle, **changes}
     (folder / "run.yaml").write_text(json.dumps(values))
     go(folder / "out", file=folder / "run.yaml")
     return folder / "out"
@@ -105,13 +108,45 @@ def test_a_run_of_one_process_is_resumed_by_two(tmp_path):
     [
         (CHAINS, "and so do the chains of examples"),
         ("sogclr", "and so do the running means of examples"),
+        ({"name": "moco", "queue": 40}, "and so do the key encoders and their queues"),
         ("simclr", "starts afresh\n"),
     ],
 )
 def test_another_number_of_ranks_says_what_is_lost(loss, words, tmp_path, capfd):
-    folder = run(tmp_path, loss)
+    folder = run(tmp_path, loss, shards=None)
     capfd.readouterr()
-    go(tmp_path / "four", resume=folder / "checkpoints" / "step-000000003", ranks=4)
+    settings = ["oracle.batch_size=2"]
+    go(tmp_path / "four", folder / "checkpoints" / "step-000000003", settings=settings, ranks=4)
     err = capfd.readouterr().err
     assert "resuming 4 ranks from the mean of 2" in err
     assert words in err
+
+
+@pytest.mark.parametrize(
+    ("loss", "mode", "ranks"),
+    [
+        ("fresh", "infinite", 4),
+        ("stale", "finite", 1),
+        ("isogclr", "infinite", 1),
+        ("negcache", "finite", 4),
+    ],
+)
+def test_shards_carry_what_is_remembered_to_another_number_of_ranks(
+    loss, mode, ranks, tmp_path, capfd
+):
+    changes = {
+        "task": {**RUN["task"], "views": {"mode": mode}, "dtype": "float64"},
+        "optimizer": {"name": "sgd", "lr": 0.05},
+    }
+    folder = run(tmp_path, LOSSES[loss], **changes)
+    figures, kept = outcome(folder)
+    settings = [f"oracle.batch_size={8 // ranks}"]
+    first = folder / "checkpoints" / "step-000000003"
+    go(tmp_path / "other", first, settings=settings, ranks=ranks)
+    assert "of examples, which go on" in capfd.readouterr().err
+    again, kept_again = outcome(tmp_path / "other", ranks)
+    assert again[1:3] == pytest.approx(figures[1:3], rel=1e-7)
+    for name, table in kept.items():  # the shards of all ranks, one after the other
+        torch.testing.assert_close(
+            table.flatten(), kept_again[name].flatten(), rtol=1e-5, atol=1e-6
+        )
