@@ -187,7 +187,8 @@ class Contrastive(ModuleOracle):
         for rows in self._compared(batch, self._embedded(passes, batch, draw)[0]):
             scores = (beta * rows.cosines).masked_fill(~rows.valid, -torch.inf)
             own = rows.cosines.gather(1, rows.positives[:, None])[:, 0]
-            losses.append((torch.logsumexp(scores, dim=1) - beta * own).double().mean().cpu())
+            sums = torch.logsumexp(scores, dim=1).masked_fill_(~rows.valid.any(dim=1), 0.0)
+            losses.append((sums - beta * own).double().mean().cpu())
         return torch.stack(losses)
 
     @property

@@ -59,13 +59,14 @@ def differentiated(rows: Rows, weights: Weights, shares: Tensor | None = None) -
 def figures_of(rows: Sequence[Rows], weights: Sequence[Weights]) -> Metrics:
     """Return figures of the batch for the log, (local,) each.
 
-    - ``positive_cosine``, ``negative_cosine``: means over rows, and over their negatives;
+    - ``positive_cosine``, ``negative_cosine``: means over rows, and over their negatives; 0 where
+      there are none;
     - what the loss adds.
     """
     every = [
         {
             "positive_cosine": float(r.cosines.gather(1, r.positives[:, None]).mean()),
-            "negative_cosine": float(r.cosines[r.valid].mean()),
+            "negative_cosine": float(r.cosines[r.valid].sum() / r.valid.sum().clamp_min(1)),
             **w.figures,
         }
         for r, w in zip(rows, weights, strict=True)
