@@ -94,7 +94,7 @@ class Contrastive(ModuleOracle):
     """Cut the data into so many fixed shards (example g in shard g mod shards), shuffled one by
     one, of which each rank owns an equal part: then neither a batch nor its chains depend on the
     number of ranks. A multiple of the ranks, and a divisor of the examples of all ranks' batches.
-    None: the task's own split."""
+    None: the task's own split, whose heterogeneity has no effect on fixed shards."""
 
     compares: ClassVar[bool] = True
 
@@ -102,6 +102,7 @@ class Contrastive(ModuleOracle):
     _shards: Sequence[np.ndarray] = PrivateAttr()
     _owners: Owners = PrivateAttr()
     _exchange: Exchange = PrivateAttr()
+    _draws: int = PrivateAttr(default=1)
     _row: Tensor | None = PrivateAttr(default=None)
     _of_rows: Tensor | None = PrivateAttr(default=None)
     """(local, 2b): how often a row counts, where f is a mean over examples of unequal shards."""
@@ -150,6 +151,10 @@ class Contrastive(ModuleOracle):
             shards=shards,
             parts=parts,
         )
+
+    def start(self, steps: int | None, draws: int) -> None:
+        """Learn how many batches a step has."""
+        self._draws = draws
 
     def __call__(
         self,
@@ -233,6 +238,7 @@ class Contrastive(ModuleOracle):
             rows=rows,
             step=comm.step,
             draw=draw,
+            number=comm.step * self._draws + draw,
             advances=advances,
             recall=recalls,
             look=partial(self._look, passes),
