@@ -102,6 +102,7 @@ class Contrastive(ModuleOracle):
     _shards: Sequence[np.ndarray] = PrivateAttr()
     _owners: Owners = PrivateAttr()
     _exchange: Exchange = PrivateAttr()
+    _draws: int = PrivateAttr(default=1)
     _row: Tensor | None = PrivateAttr(default=None)
     _of_rows: Tensor | None = PrivateAttr(default=None)
     """(local, 2b): how often a row counts, where f is a mean over examples of unequal shards."""
@@ -151,6 +152,10 @@ class Contrastive(ModuleOracle):
             parts=parts,
         )
 
+    def start(self, steps: int | None, draws: int) -> None:
+        """Learn how many batches a step has."""
+        self._draws = draws
+
     def __call__(
         self,
         x: Tensor,
@@ -187,7 +192,8 @@ class Contrastive(ModuleOracle):
         for rows in self._compared(batch, self._embedded(passes, batch, draw)[0]):
             scores = (beta * rows.cosines).masked_fill(~rows.valid, -torch.inf)
             own = rows.cosines.gather(1, rows.positives[:, None])[:, 0]
-            losses.append((torch.logsumexp(scores, dim=1) - beta * own).double().mean().cpu())
+            sums = torch.logsumexp(scores, dim=1).masked_fill_(~rows.valid.any(dim=1), 0.0)
+            losses.append((sums - beta * own).double().mean().cpu())
         return torch.stack(losses)
 
     @property
@@ -232,6 +238,7 @@ class Contrastive(ModuleOracle):
             rows=rows,
             step=comm.step,
             draw=draw,
+            number=comm.step * self._draws + draw,
             advances=advances,
             recall=recalls,
             look=partial(self._look, passes),

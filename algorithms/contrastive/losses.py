@@ -150,6 +150,7 @@ class Visit:
         rows: of the hosted ranks.
         step: of the run.
         draw: of the call within the step.
+        number: of the batch in the run, from 0.
         advances: whether states move; False for another point on the same examples.
         recall: (per hosted rank the keys (k_i,), any k_i; whether a gradient is to come) -> the
             number of this call, and their embeddings (k_i, dim), encoded anew by their owners;
@@ -163,6 +164,7 @@ class Visit:
     rows: Sequence[Rows]
     step: int
     draw: int
+    number: int
     advances: bool
     recall: Callable[[Sequence[Keys], bool], tuple[int, list[Tensor]]]
     look: Callable[[int, Keys], Tensor]

@@ -60,7 +60,7 @@ class _RunningMean(ContrastiveLoss, ABC):
         if self.first_visit == "example":
             return torch.full_like(log_u, gamma).masked_fill_(log_u.isinf(), 1.0)
         batch = self._setting.comm.n * self._setting.local_batch
-        is_first = (visit.step + 1) * batch <= self._setting.owners.examples
+        is_first = (visit.number + 1) * batch <= self._setting.owners.examples
         return torch.full_like(log_u, 1.0 if is_first else gamma)
 
     def _normalised(self, visit: Visit, rows: Rows, slots: Tensor) -> tuple[Tensor, Tensor]:

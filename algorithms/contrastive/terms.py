@@ -60,7 +60,8 @@ def differentiated(rows: Rows, weights: Weights, shares: Tensor | None = None) -
 def figures_of(rows: Sequence[Rows], weights: Sequence[Weights]) -> Metrics:
     """Return figures of the batch for the log, (local,) each.
 
-    - ``positive_cosine``, ``negative_cosine``: means over rows, and over their negatives;
+    - ``positive_cosine``, ``negative_cosine``: means over rows, and over their negatives; 0 where
+      there are none;
     - what the loss adds.
     """
     every = [

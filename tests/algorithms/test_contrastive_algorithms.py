@@ -92,3 +92,21 @@ def test_filters_stand_around_it(layer):
     before, after, _ = trained("dsgd", layer=lambda inner: layer(inner=inner))
     assert after.isfinite().all()
     assert not torch.equal(before, after)
+
+
+def test_an_epoch_of_several_batches_a_step_is_over_in_fewer_steps():
+    fields = {"name": "sogclr", "first_visit": "epoch", "gamma": 0.5}
+    made = program("local-sgd", loss=fields, batch_size=3)  # 24 examples: 2 batches of 12
+    criterion, seen = made.oracle.criterion, []
+    weight = criterion._weight
+
+    def spy(visit, log_u):
+        found = weight(visit, log_u)
+        seen.append(float(found[0]))
+        return found
+
+    object.__setattr__(criterion, "_weight", spy)
+    for made.comm.step in range(2):
+        made.step()
+        made.comm.round += made.rounds_per_step
+    assert seen == 8 * [1.0] + 8 * [0.5]  # each of 4 ranks, 2 batches a step

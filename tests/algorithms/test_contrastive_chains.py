@@ -67,7 +67,9 @@ class Scan:
                     if ids[j % count] != example
                     and not (self.mode == "pairs" and j // count == view)
                 ]
-                burnt = math.floor(loss.burn_in * len(columns) + 1e-9)
+                ended = loss.burn_in_until
+                share = 0 if ended is not None and bench.comm.step >= ended else loss.burn_in
+                burnt = math.floor(share * len(columns) + 1e-9)
                 records, of_held = {}, 0
                 for t, j in enumerate(columns, 1):
                     if math.log(drawn[j]) < scores[r, j] - score:
@@ -139,6 +141,18 @@ def test_every_visit_is_that_of_a_scan(mode, score, held, n, twice):
         step = 0.2 * torch.randn(bench.x.shape[1], generator=generator, dtype=torch.float64)
         bench.x += step
     assert stood > 0  # else nothing about held states was tested
+
+
+def test_burn_in_ends_at_the_step_it_says():
+    loss = {"name": "emc2", "beta": BETA, "burn_in": 0.9, "burn_in_until": 2}
+    bench = Bench(loss, of={"count": 12, "dtype": torch.float64})
+    scan, records = Scan(bench), []
+    for bench.comm.step in range(4):
+        batch = bench.batches()
+        expected = scan.step(batch)
+        torch.testing.assert_close(bench(batch).grad.mean(0), expected, rtol=1e-6, atol=1e-7)
+        records.append({sum(r.values()) + held for _, r, held in scan.recorded})
+    assert records == [{1}, {1}, {6}, {6}]
 
 
 def test_the_held_gradient_reaches_its_owner_alone_and_only_if_recomputed():

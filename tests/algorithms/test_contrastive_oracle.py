@@ -206,3 +206,44 @@ def test_negcache_draws_by_the_softmax_of_what_it_keeps(mode):
     expected = gradient(torch.stack(terms).mean(), row)
     # 8 draws a step: what is left is their noise, about 1 / sqrt(800).
     assert (total / draws - expected).norm() < 0.12 * expected.norm()
+
+
+def weights_of(bench):
+    """Return gamma of every row of the next visit, from what u becomes of a known value."""
+    loss, seen = bench.oracle.criterion, []
+    weight = loss._weight
+
+    def spy(visit, log_u):
+        seen.append(weight(visit, log_u))
+        return seen[-1]
+
+    object.__setattr__(loss, "_weight", spy)
+    bench()
+    object.__delattr__(loss, "_weight")
+    return sorted(set(torch.cat(seen).tolist()))
+
+
+def test_the_first_visit_of_an_anchor_or_the_first_epoch_counts_whole():
+    found = {}
+    for first in ("example", "epoch"):
+        loss = {"name": "sogclr", "gamma": 0.25, "first_visit": first}
+        bench = Bench(loss, of={"count": 8, **DOUBLE})  # 2 steps an epoch
+        found[first] = []
+        for bench.comm.step in range(4):
+            found[first].append(weights_of(bench))
+    assert found["example"] == found["epoch"] == [[1.0], [1.0], [0.25], [0.25]]
+    late = Bench({"name": "sogclr", "gamma": 0.25, "first_visit": "epoch"}, of={"count": 8})
+    late.comm.step = 5
+    assert weights_of(late) == [0.25]
+    assert late().grad.isfinite().all()
+
+
+def test_gamma_falls_by_half_a_cosine():
+    loss = {"name": "sogclr", "gamma": 0.2, "gamma_decay_steps": 4}
+    bench = Bench(loss, of={"count": 8, **DOUBLE})
+    found = []
+    for bench.comm.step in range(6):
+        found.append(weights_of(bench))
+    cosine = [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in (2, 3)]
+    assert found[:2] == [[1.0], [1.0]]  # first visits
+    assert [w for (w,) in found[2:]] == pytest.approx([*cosine, 0.2, 0.2])

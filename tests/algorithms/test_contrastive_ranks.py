@@ -199,3 +199,27 @@ def test_neighbours_that_stay_are_warned_of(caplog):
     for topology in ("one_peer_exponential", "complete"):
         Bench("simclr", 4, topology=topology, negatives="neighbors")
     assert not caplog.text
+
+
+def test_a_rank_alone_is_its_own_neighbourhood():
+    grads = [Bench("dcl", 1, negatives=negatives)().grad for negatives in ("all", "neighbors")]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("loss", ["dcl", "sogclr", "emc2", "isogclr"])
+def test_a_rank_with_one_example_that_hears_nobody_does_no_harm(loss):
+    bench = Bench(loss, 3, topology="random_edge", batch_size=1, negatives="neighbors")
+    heard = 0
+    for bench.comm.step in range(6):
+        bench.comm.round = bench.comm.step
+        estimate = bench()
+        alone = [not bench.comm.topology.round(bench.comm.round).recv(r)[0].size for r in range(3)]
+        heard += sum(alone)
+        assert estimate.grad.isfinite().all()
+        assert estimate.loss.isfinite().all()
+        assert bench.oracle.loss(bench.x, bench.batches()).isfinite().all()
+        for name, table in bench.oracle.state_dict().items():
+            assert not table.isnan().any(), name
+        for name, figure in estimate.metrics.items():
+            assert torch.as_tensor(figure).isfinite().all(), name
+    assert heard
