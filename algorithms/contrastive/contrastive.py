@@ -10,73 +10,42 @@ rounding. Nothing has to be multiplied by the number of ranks.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 
-from gossamer.algorithms.contrastive.cache import Full, NegCache
+from gossamer.algorithms.contrastive.choice import LossField
 from gossamer.algorithms.contrastive.columns import Exchange, exchange
+from gossamer.algorithms.contrastive.conditions import (
+    local_batch,
+    parts_of,
+    refuse_shared_statistics,
+    require_neighbors,
+)
 from gossamer.algorithms.contrastive.contrast import Contrast
 from gossamer.algorithms.contrastive.emc2 import EMC2
-from gossamer.algorithms.contrastive.in_batch import DCL, SimCLR
 from gossamer.algorithms.contrastive.losses import (
-    ContrastiveLoss,
     Keys,
     Rows,
     Setting,
     Visit,
 )
-from gossamer.algorithms.contrastive.moco import MoCo
 from gossamer.algorithms.contrastive.owners import Owners, strided_shards
 from gossamer.algorithms.contrastive.passes import Passes
 from gossamer.algorithms.contrastive.recall import Encode, Recalls
-from gossamer.algorithms.contrastive.sogclr import ISogCLR, SogCLR
 from gossamer.algorithms.contrastive.terms import differentiated, figures_of
 from gossamer.algorithms.estimates import Estimate, Sink
 from gossamer.algorithms.oracles.module_oracle import ModuleOracle
 from gossamer.algorithms.problems import Batch, DataPlan, Dataset, Problem, RankBatches
-from gossamer.runtime import Communicator, ConfigError, combine
-from gossamer.runtime.component import choose
+from gossamer.runtime import Communicator, combine
 
 __all__ = ["Contrastive"]
-
-log = logging.getLogger(__name__)
-
-_LOSSES: dict[str, type[ContrastiveLoss]] = {
-    "emc2": EMC2,
-    "simclr": SimCLR,
-    "dcl": DCL,
-    "sogclr": SogCLR,
-    "isogclr": ISogCLR,
-    "moco": MoCo,
-    "negcache": NegCache,
-    "full": Full,
-}
-
-LossField = Annotated[
-    EMC2 | SimCLR | DCL | SogCLR | ISogCLR | MoCo | NegCache | Full,
-    BeforeValidator(
-        lambda given: choose(given, _LOSSES, "oracle.loss"),
-        json_schema_input_type=Literal[
-            "emc2", "simclr", "dcl", "sogclr", "isogclr", "moco", "negcache", "full"
-        ]
-        | EMC2
-        | SimCLR
-        | DCL
-        | SogCLR
-        | ISogCLR
-        | MoCo
-        | NegCache
-        | Full,
-    ),
-]
 
 
 class Contrastive(ModuleOracle):
@@ -112,21 +81,17 @@ class Contrastive(ModuleOracle):
         super().setup(comm, problem)
         assert problem.contrast is not None
         self._contrast = problem.contrast
-        _refuse_shared_statistics(problem.module)
+        refuse_shared_statistics(problem.module)
+        size = None if self.sampling == "full" else self.batch_size
         shards, parts = problem.shards, 1
         if self.shards is not None:
-            parts = self._parts_of(comm.n)
+            parts = parts_of(self.shards, comm.n, size)
             shards = strided_shards(len(cast(Dataset, problem.train)), self.shards)
         self._shards = shards
         self._owners = Owners(shards, parts, len(cast(Dataset, problem.train)))
-        batch = self._local_batch(shards, parts)
-        if comm.n * batch < 2:
-            raise ConfigError(
-                "oracle.batch_size: a batch of 1 example has nothing to compare it with; use 2 or "
-                "more"
-            )
+        batch = local_batch(shards, parts, size)
         if self.negatives == "neighbors":
-            self._require_neighbors(comm)
+            require_neighbors(comm, self.criterion)
         self._exchange = exchange(comm, self.negatives)
         one = self._one_embedding()
         self.criterion.setup(
@@ -410,56 +375,6 @@ class Contrastive(ModuleOracle):
         with torch.no_grad(), self._cast():
             return self._contrast.embed(self._problem.module, inputs, 0)
 
-    # --- what is asked for --------------------------------------------------------------------
-
-    def _parts_of(self, n: int) -> int:
-        """Return how many of the fixed shards a rank owns."""
-        assert self.shards is not None
-        whole = self.sampling == "full"
-        if self.shards % n or (not whole and n * self.batch_size % self.shards):
-            raise ConfigError(
-                f"oracle.shards: must be a multiple of the {n} ranks and a divisor of the "
-                f"{n * self.batch_size} examples of their batches, got {self.shards}; use {n}, or "
-                "other batches"
-            )
-        return self.shards // n
-
-    def _local_batch(self, shards: Sequence[np.ndarray], parts: int) -> int:
-        """Return the examples of a rank and step, the same on all of them."""
-        sizes = {len(own) for own in shards}
-        if self.sampling == "full":
-            if len(sizes) > 1:
-                raise ConfigError(
-                    "oracle.sampling: full takes whole shards, whose sizes differ here, and every "
-                    "rank must give as many rows; use task.drop_remainder: true, "
-                    "oracle.shards that divide the examples, or shuffle"
-                )
-            return max(sizes) * parts
-        if self.batch_size // parts > min(sizes):
-            raise ConfigError(
-                f"oracle.batch_size: {self.batch_size // parts} examples of a shard of "
-                f"{min(sizes)}, so that some would be twice in every batch; use at most "
-                f"{min(sizes) * parts}, or fewer ranks"
-            )
-        return self.batch_size
-
-    def _require_neighbors(self, comm: Communicator) -> None:
-        """Refuse a loss that looks at all ranks; say what a graph that stays does to the others."""
-        if self.criterion.beyond_columns:
-            raise ConfigError(
-                f"oracle.negatives: those of {self.criterion.name} are of all ranks, whoever the "
-                "neighbors are; use all"
-            )
-        graph = comm.topology
-        hears_all = graph.round(0).num_messages == comm.n * (comm.n - 1)
-        if graph.period == 1 and not hears_all:
-            log.warning(
-                "negatives of neighbours in %s, which never changes: a rank's examples are "
-                "contrasted with those of the same few ranks, not with the whole data set; use "
-                "topology: one_peer_exponential, or negatives: all",
-                comm.topology.name,
-            )
-
 
 def _shares(
     shards: Sequence[np.ndarray], parts: int, comm: Communicator, batch: int, like: Tensor
@@ -471,13 +386,3 @@ def _shares(
     each = torch.tensor(sizes, dtype=torch.float64) * len(sizes) / sum(sizes)
     of_ranks = each.view(comm.n, parts)[comm.ranks.start : comm.ranks.stop]
     return of_ranks.repeat_interleave(batch // parts, dim=1).repeat(1, 2).to(like)
-
-
-def _refuse_shared_statistics(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            raise ConfigError(
-                f"task.encoder: {name} normalises by the statistics of a batch, which tell an "
-                "example's views apart from others without looking at them, and differ from rank "
-                "to rank; use GroupNorm, or none"
-            )
