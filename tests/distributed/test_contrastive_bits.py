@@ -58,6 +58,7 @@ def path(tmp_path_factory):
             "examples": 21,  # unequal shards, and every example comes again
             "encoder": {"name": "mlp", "hidden": [16], "dim": 8},
             "probe_examples": 16,
+            "probes": [],
         },
         "oracle": {"name": "contrastive", "batch_size": 4},
         "optimizer": {"name": "sgd", "lr": 0.1},
