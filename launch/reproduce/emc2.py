@@ -152,7 +152,8 @@ def bias(
         sample = found[str((method, beta, size))]
         errors, cosines = sample.last("bias"), sample.last("bias_cosine")
         claim = f"beta = {beta:g}, B = {size}, {method}: |mean g - grad L| / |grad L|"
-        note = f"{errors.min():.3f} to {errors.max():.3f}; cosine {cosines.mean():.3f}"
+        note = f"mean {errors.mean():.3f}, {errors.min():.3f} to {errors.max():.3f}; "
+        note += f"cosine {cosines.mean():.3f}"
         judge, bound = _BOUNDS.get((method, beta, size), (None, 0.0))
         if judge is None:
             yield shown(claim, errors.mean(), lab.seeds, note)
