@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from gossamer.runtime.errors import ConfigError, nearest
 
-__all__ = ["Component", "choose", "validate"]
+__all__ = ["Component", "choose", "named", "validate"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -81,6 +81,24 @@ def choose(given: object, known: Mapping[str, type[T]], where: str) -> T:
         kind = where.rpartition(".")[2]
         raise ConfigError(f"{where}.name: unknown {kind} '{name}'{nearest(name, known)}")
     return validate(known[name], values, where)
+
+
+def named(known: Mapping[str, type[BaseModel]], where: str) -> BeforeValidator:
+    """Return what lets a field be written as ``choose`` takes it, with its JSON schema.
+
+    For ``Annotated[A | B, named({"a": A, "b": B}, "task.scheme")]``. A bare name is offered where
+    all fields have defaults.
+    """
+    bare = tuple(
+        name
+        for name, cls in known.items()
+        if not any(field.is_required() for field in cls.model_fields.values())
+    )
+    sections: Any = Union[tuple(known.values())]  # noqa: UP007
+    written: Any = Union[Literal[bare], sections] if bare else sections  # noqa: UP007
+    return BeforeValidator(
+        lambda given: choose(given, known, where), json_schema_input_type=written
+    )
 
 
 def _is_number(annotation: Any) -> bool:

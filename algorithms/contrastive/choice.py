@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import SerializeAsAny
 
 from gossamer.algorithms.contrastive.cache import Full, NegCache
 from gossamer.algorithms.contrastive.emc2 import EMC2
@@ -12,7 +12,7 @@ from gossamer.algorithms.contrastive.in_batch import DCL, SimCLR
 from gossamer.algorithms.contrastive.losses import ContrastiveLoss
 from gossamer.algorithms.contrastive.moco import MoCo
 from gossamer.algorithms.contrastive.sogclr import ISogCLR, SogCLR
-from gossamer.runtime.component import choose
+from gossamer.runtime.component import named
 
 __all__ = ["LOSSES", "LossField"]
 
@@ -27,11 +27,5 @@ LOSSES: dict[str, type[ContrastiveLoss]] = {
     "full": Full,
 }
 
-_WRITTEN: Any = Union[Literal[tuple(LOSSES)], Union[tuple(LOSSES.values())]]  # noqa: UP007
-
-LossField = Annotated[
-    SerializeAsAny[ContrastiveLoss],
-    BeforeValidator(
-        lambda given: choose(given, LOSSES, "oracle.loss"), json_schema_input_type=_WRITTEN
-    ),
-]
+LossField = Annotated[SerializeAsAny[ContrastiveLoss], named(LOSSES, "oracle.loss")]
+"""A loss: its name, or a section with a name and fields."""

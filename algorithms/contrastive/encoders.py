@@ -9,11 +9,11 @@ import itertools
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from gossamer.algorithms.tasks.hub import load_package
-from gossamer.runtime.component import Component, choose
+from gossamer.runtime.component import Component, named
 from gossamer.runtime.errors import ConfigError
 
 __all__ = [
@@ -210,13 +210,6 @@ _ENCODERS: dict[str, type[Encoder]] = {
 
 EncoderField = Annotated[
     MLP | ResNet18 | ResNet50 | ViT,
-    BeforeValidator(
-        lambda given: choose(given, _ENCODERS, "task.encoder"),
-        json_schema_input_type=Literal["mlp", "resnet18", "resnet50", "vit"]
-        | MLP
-        | ResNet18
-        | ResNet50
-        | ViT,
-    ),
+    named(_ENCODERS, "task.encoder"),
 ]
 """An encoder: its name, or a section with a name and fields."""

@@ -12,12 +12,12 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.contrastive.shares import share_of
 from gossamer.runtime.collectives import RankGroup
-from gossamer.runtime.component import Component, choose
+from gossamer.runtime.component import Component, named
 from gossamer.runtime.random import Random
 
 __all__ = ["KNN", "Linear", "Probe", "ProbeField", "Represented"]
@@ -130,9 +130,6 @@ _PROBES: dict[str, type[Probe]] = {"knn": KNN, "linear": Linear}
 
 ProbeField = Annotated[
     KNN | Linear,
-    BeforeValidator(
-        lambda given: choose(given, _PROBES, "task.probes"),
-        json_schema_input_type=Literal["knn", "linear"] | KNN | Linear,
-    ),
+    named(_PROBES, "task.probes"),
 ]
 """A probe: its name, or a section with a name and fields."""

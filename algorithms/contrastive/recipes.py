@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from gossamer.algorithms.contrastive.crops import NUMBERS, resized_crops, sample_boxes
 from gossamer.algorithms.contrastive.draws import Draws
 from gossamer.algorithms.contrastive.recipe import Recipe
 from gossamer.algorithms.tasks.hub import load_package
-from gossamer.runtime.component import choose
+from gossamer.runtime.component import named
 from gossamer.runtime.errors import ConfigError
 
 __all__ = ["STL10", "Digits", "ImageNet100", "RecipeField", "SimCLR"]
@@ -195,14 +195,7 @@ _RECIPES: dict[str, type[Recipe]] = {
 
 RecipeField = Annotated[
     Digits | SimCLR | STL10 | ImageNet100,
-    BeforeValidator(
-        lambda given: choose(given, _RECIPES, "task.views.recipe"),
-        json_schema_input_type=Literal["digits", "simclr", "stl10", "imagenet100"]
-        | Digits
-        | SimCLR
-        | STL10
-        | ImageNet100,
-    ),
+    named(_RECIPES, "task.views.recipe"),
 ]
 """A recipe: its name, or a section with a name and fields."""
 

@@ -8,12 +8,12 @@ from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from gossamer.algorithms.contrastive.encoders import Projected, divisor_of_hidden
 from gossamer.algorithms.tasks.hub import load_package
-from gossamer.runtime.component import Component, choose
+from gossamer.runtime.component import Component, named
 
 __all__ = ["Bag", "PairModule", "TextEncoder", "TextField", "Transformer"]
 
@@ -125,9 +125,6 @@ _TEXT_ENCODERS: dict[str, type[TextEncoder]] = {"bag": Bag, "transformer": Trans
 
 TextField = Annotated[
     Bag | Transformer,
-    BeforeValidator(
-        lambda given: choose(given, _TEXT_ENCODERS, "task.text"),
-        json_schema_input_type=Literal["bag", "transformer"] | Bag | Transformer,
-    ),
+    named(_TEXT_ENCODERS, "task.text"),
 ]
 """An encoder of captions: its name, or a section with a name and fields."""

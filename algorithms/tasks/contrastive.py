@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from gossamer.algorithms.contrastive.encoders import MLP, EncoderField
@@ -33,7 +33,7 @@ from gossamer.algorithms.tasks.images import (
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.algorithms.tasks.pairs import HubPairs, Pairs, PairSource
 from gossamer.algorithms.tasks.partition import ShardedTask
-from gossamer.runtime.component import Component, choose
+from gossamer.runtime.component import Component, named
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import Random
 
@@ -59,18 +59,7 @@ SourceField = Annotated[
     | HubImages
     | Pairs
     | HubPairs,
-    BeforeValidator(
-        lambda given: choose(given, _SOURCES, "task.data"),
-        json_schema_input_type=Literal["digits", "mnist", "photographs"]
-        | DigitImages
-        | MNISTImages
-        | PhotographImages
-        | ArrayImages
-        | FolderImages
-        | HubImages
-        | Pairs
-        | HubPairs,
-    ),
+    named(_SOURCES, "task.data"),
 ]
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.algorithms.low_rank.schemes import LowRank, ReLoRA, SLTrain, Sparse
 from gossamer.algorithms.tasks.hub import load_package
 from gossamer.algorithms.tasks.models import seeded
 from gossamer.algorithms.tasks.scheme import Scheme
-from gossamer.runtime.component import choose
+from gossamer.runtime.component import named
 from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.random import Random
 
@@ -169,19 +169,7 @@ _SCHEMES: dict[str, type[Scheme]] = {
 
 SchemeField = Annotated[
     Full | LoRA | PrefixTuning | PromptTuning | Head | SLTrain | LowRank | Sparse | ReLoRA,
-    BeforeValidator(
-        lambda given: choose(given, _SCHEMES, "task.scheme"),
-        json_schema_input_type=Literal["full", "lora", "prefix", "prompt", "head", "sparse"]
-        | Full
-        | LoRA
-        | PrefixTuning
-        | PromptTuning
-        | Head
-        | SLTrain
-        | LowRank
-        | Sparse
-        | ReLoRA,
-    ),
+    named(_SCHEMES, "task.scheme"),
 ]
 """A scheme: its name, or a section with a name and fields."""
 
