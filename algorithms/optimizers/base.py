@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -34,6 +34,10 @@ class Optimizer(Scheduled, ABC):
     max_norm: float | None = Field(default=None, gt=0)
     """A gradient that is longer, over all parameters of a rank, is scaled to this Euclidean norm;
     None: none is."""
+
+    whole_because: ClassVar[str | None] = None
+    """What the rule does with a gradient that no part of one allows, after the optimizer's name;
+    parameter by parameter it may still be had. None: nothing."""
 
     _columns: slice = PrivateAttr(default=slice(0, None))
     """Of the row: those that ``update_`` is given now."""
@@ -123,7 +127,7 @@ class Optimizer(Scheduled, ABC):
     @property
     def needs_whole(self) -> bool:
         """Whether Directions are of no use to it."""
-        return self.max_norm is not None
+        return self.max_norm is not None or self.whole_because is not None
 
     def require_parts(self, origin: Origin = PLAIN) -> None:
         """Get ready for gradients in parts, Directions among them.
@@ -151,6 +155,11 @@ class Optimizer(Scheduled, ABC):
             ConfigError: it ``needs_whole`` gradients.
         """
         self.require_parts(origin)
+        if self.whole_because is not None:
+            raise ConfigError(
+                f"optimizer.name: {self.name} {self.whole_because}, and this oracle gives numbers "
+                "for random directions; use adam or sgd, or oracle: backprop"
+            )
 
     def parts(self, d: int) -> Iterator[slice]:
         """Yield columns of rows of d elements, of which one update after another is made."""

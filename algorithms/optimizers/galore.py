@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from gossamer.algorithms.estimates import PLAIN, Origin
+from gossamer.algorithms.estimates import Origin
 from gossamer.algorithms.optimizers.decay import Decaying
 from gossamer.runtime.communicator import Communicator
 from gossamer.runtime.errors import ConfigError
@@ -92,6 +92,8 @@ class GaLore(Decaying):
     their own, so are their P. Decay is AdamW's, of x before the step; the authors' code decays x
     after it, which differs by lr^2 * decay times the direction.
     """
+
+    whole_because: ClassVar[str | None] = "projects whole gradients"
 
     name: Literal["galore"] = "galore"
     rank: int = Field(default=128, ge=1)
@@ -196,22 +198,6 @@ class GaLore(Decaying):
             weight = correction * (self.scale if place.projected else 1.0)
             combine([(weight, ratio)], out=direction[:, place.columns])
         return self.decayed(x, direction, out=direction)
-
-    @property
-    def needs_whole(self) -> bool:
-        """Yes."""
-        return True
-
-    def require_directions(self, origin: Origin = PLAIN) -> None:
-        """Refuse them.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            "optimizer.name: galore projects whole gradients, and this oracle gives numbers for "
-            "random directions; use adam or sgd, or oracle: backprop"
-        )
 
     def part(self, state: GaLoreState, d: int, columns: slice) -> GaLoreState:
         """Return the state of one parameter.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from gossamer.algorithms.estimates import PLAIN, Origin
+from gossamer.algorithms.estimates import Origin
 from gossamer.algorithms.optimizers.base import Optimizer
 from gossamer.algorithms.optimizers.sgd import MomentumState
 from gossamer.runtime.communicator import Communicator
-from gossamer.runtime.errors import ConfigError
 from gossamer.runtime.rows import RowLayout, Slice, combine, row_norm
 
 __all__ = ["LARS"]
@@ -25,6 +24,8 @@ class LARS(Optimizer):
     (g + weight_decay * p); of others (biases, normalisations) u = g. m = beta * m + u;
     x -= lr * m.
     """
+
+    whole_because: ClassVar[str | None] = "compares the lengths of parameters and their gradients"
 
     name: Literal["lars"] = "lars"
     beta: float = Field(default=0.9, ge=0, lt=1)
@@ -63,19 +64,3 @@ class LARS(Optimizer):
             ratio = torch.where(is_moving, self.trust * lengths[0] / lengths[1], 1.0)
             combine([(ratio, g)], out=update[:, columns])
         return combine([(self.beta, state.m), (1.0, update)], out=state.m)
-
-    @property
-    def needs_whole(self) -> bool:
-        """Yes: of random directions no part is a parameter."""
-        return True
-
-    def require_directions(self, origin: Origin = PLAIN) -> None:
-        """Refuse them.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            "optimizer.name: lars compares the lengths of parameters and their gradients, and this "
-            "oracle gives numbers for random directions; use adam or sgd, or oracle: backprop"
-        )
