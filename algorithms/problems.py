@@ -166,7 +166,8 @@ class Problem:
             every process calls it; None: none.
         restarts: what moves parameters into what is not trained between steps; None: nothing.
         contrast: views and an encoder, where examples have no loss of their own but by comparison;
-            ``loss`` is not called then, and ``figures`` make the whole evaluation.
+            ``loss`` is not called then, and ``figures`` make the whole evaluation;
+            the oracle tells them its inverse temperature, where they have a ``beta``.
     """
 
     module: nn.Module

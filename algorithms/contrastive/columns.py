@@ -51,7 +51,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def scatter(self, grads: list[Tensor], shape: torch.Size) -> Tensor:
-        """Return the sums over ranks, in ascending order, of gradients of one's own columns.
+        """Return the sums over ranks, in one order on all of them, of one's own columns' gradients.
 
         Args:
             grads: per hosted rank, (2B, dim), of the columns ``gather`` gave it.
@@ -78,14 +78,19 @@ class _AllRanks(Exchange):
 class _Neighbors(Exchange):
     """The columns of a rank and of those it hears in round t, and back along the same edges."""
 
+    def __init__(self, comm: Communicator) -> None:
+        super().__init__(comm)
+        self._places: list[int] = []
+        """Of each hosted rank's own block among those it hears, since the last ``gather``."""
+
     def gather(self, z: Tensor, ids: Tensor) -> list[Columns]:
         comm, (local, _, b, dim) = self._comm, z.shape
         heard, heard_ids = comm.neighbor_gather(z.reshape(local, -1)), comm.neighbor_gather(ids)
-        columns, self._places = [], list[tuple[Tensor, int]]()
+        columns, self._places = [], list[int]()
         for i, rank in enumerate(comm.ranks):
             mine = (heard.target == i).nonzero().flatten()
             place = int((heard.source[mine] < rank).sum())
-            self._places.append((mine, place))
+            self._places.append(place)
             blocks = _inserted(heard.values[mine.to(z.device)], place, z[i].reshape(1, -1))
             columns.append(
                 Columns(
@@ -101,7 +106,7 @@ class _Neighbors(Exchange):
     def scatter(self, grads: list[Tensor], shape: torch.Size) -> Tensor:
         comm, (_, _, b, dim) = self._comm, shape
         own, others = [], []  # messages are in the order of their targets, as the places are
-        for grad, (_, place) in zip(grads, self._places, strict=True):
+        for grad, place in zip(grads, self._places, strict=True):
             blocks = grad.view(2, -1, b, dim).transpose(0, 1).reshape(-1, 2 * b * dim)
             own.append(blocks[place])
             others += [blocks[:place], blocks[place + 1 :]]
